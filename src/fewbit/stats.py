@@ -199,6 +199,17 @@ class Stats:
         stats._shift = None if self._shift is None else self._shift / scales / scales.unsqueeze(1)
         return stats
 
+    def ordered(self, order: Tensor) -> Stats:
+        """The statistics of the same input with column `order[j]` at place j. order: int64 [K]."""
+        stats = copy(self)
+        stats._top, stats._abs, stats._square = (
+            None if each is None else each[order] for each in (self._top, self._abs, self._square)
+        )
+        stats._hessian, stats._shift = (
+            None if each is None else each[..., order, :][..., order] for each in (self._hessian, self._shift)
+        )
+        return stats
+
     @property
     def shift(self) -> Shift | None:
         """The shift; None if it was not gathered, or there are no rows to fit it or none held out."""

@@ -253,6 +253,8 @@ def read(settled: Settled, name: str, tensors: Mapping[str, Tensor]) -> QTensor:
     suffixes = settled.resolved.format.specs(assignment.shape, assignment.scheme)
     own = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
     weight = settled.resolved.format.read(own, settled.config, settled.stored_as[name])
+    if assignment.order is not None:
+        weight = replace(weight, permutation=assignment.order)
     return weight.map(lambda part: part.to(device))
 
 
@@ -267,7 +269,7 @@ def alike(assignments: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> 
     """The linears in groups: those that read the same tensor and have the same method are quantized together."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, assignment in assignments.items():
-        key = (id(stats[name]), assignment.method) if name in stats else (name,)
+        key = (id(stats[name]), assignment.method, assignment.order is None) if name in stats else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
@@ -291,6 +293,8 @@ def _stored(
 
 def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tensors:
     module = settled.stored_as[assignment.module]
+    if assignment.order is not None:  # its columns are in the file's order, and `read` knows that
+        weight = replace(weight, permutation=None)
     laid_out = settled.resolved.format.lay_out(weight, settled.config, module)
     return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}
 
@@ -328,7 +332,7 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
         shape=assignment.shape,
         scheme=str(assignment.scheme),
         method=name_of(assignment.method),
-        nbytes=weight.nbytes,
+        nbytes=assignment.scheme.nbytes(assignment.shape),
         error=lost.share,
         dropped=stats.dropped if stats else 0,
         notes=notes,
@@ -349,7 +353,15 @@ def restore(settled: Settled, block: Block, tensors: Tensors) -> None:
 
 
 def choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
-    """Codes for weights with the same input and method. NumericsError names the weight that cannot be quantized."""
+    """Codes for weights with the same input and method. NumericsError names the weight that cannot be quantized.
+
+    The columns of a weight are quantized in the order of the file, if that differs.
+    """
+    if (order := assignments[0].order) is not None:
+        order = order.to(weights[0].device)
+        alike = [replace(assignment, order=None) for assignment in assignments]
+        found = choose(alike, [w[:, order] for w in weights], None if stats is None else stats.ordered(order))
+        return [replace(each, weight=replace(each.weight, permutation=order)) for each in found]
     method, schemes = assignments[0].method, [assignment.scheme for assignment in assignments]
     if method.needs > Need.NOTHING and (stats is None or stats.is_empty):
         nearest = [Method.quantize(method, w, scheme, None).weight for w, scheme in zip(weights, schemes, strict=True)]
@@ -381,6 +393,8 @@ class Lost:
 
 def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
     """The error of the weight's outputs, or of the weight itself if there is no Hessian of its inputs."""
+    if (order := quantized.permutation) is not None:
+        weight, stats = weight[:, order], None if stats is None else stats.ordered(order)
     if stats is None or stats.need < Need.HESSIAN or stats.is_empty:
         return Lost(*scheme.lost(weight, quantized.parts))
     lost = Lost()

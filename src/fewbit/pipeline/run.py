@@ -122,9 +122,10 @@ def fingerprint(
     skeleton, resolved, tokens = settled.skeleton, settled.resolved, inputs.tokens
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
+    ordered = [a.module for a in resolved.assignments.values() if a.order is not None]
     digest = hashlib.sha256()
     config = skeleton.source.config
-    layout = [resolved.format.name, resolved.plan.activations]
+    layout = [resolved.format.name, resolved.plan.activations, *ordered]
     digest.update(json.dumps([files, config, plan, layout, dict(versions)], sort_keys=True).encode())
     digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # saved blocks include folded scales
     if tuning is not None:

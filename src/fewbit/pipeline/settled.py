@@ -190,5 +190,5 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         transposed=frozenset(
             name for name in linears if (split := routes[f"{name}.weight"].split) is not None and not split.by_rows
         ),
-        runs={name: run for name in linears if (run := routes[f"{name}.weight"].run)},
+        orders={name: order for name in linears if (order := routes[f"{name}.weight"].column_order) is not None},
     )

@@ -228,7 +228,7 @@ def _made(each: Planned, settled: Settled, blocks: Checkpoint, route: gguf_names
     assignment = resolved.assignments[each.module]
     (suffix,) = resolved.format.specs(assignment.shape, assignment.scheme)
     packed = blocks.get(f"{each.module}.{suffix}")
-    return route.blocks_to_file(packed, BLOCK_TYPES[each.entry.type].columns)
+    return route.blocks_to_file(packed, BLOCK_TYPES[each.entry.type].columns if assignment.order is None else 0)
 
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:

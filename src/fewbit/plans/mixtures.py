@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fewbit.lazy import Tensor
+
 PREFIX = "mixture:"  # marks a mixture where a plan has a scheme; q6_k, for example, names both a scheme and a mixture
 
 Shape = tuple[int, int]
@@ -34,9 +36,9 @@ class Model:
     """What the rules need to know of a model.
 
     `gqa`: query heads per key-value head of the first layer, 0 if it has no attention. `tied`: whether the embeddings
-    are also the output head. `names`: module -> name of its weight in a GGUF file, without `.weight`. `runs`: module ->
-    columns that a block must not cross. `transposed`: modules whose rows are no rows of a file. `experts`: those of a
-    layer.
+    are also the output head. `names`: module -> name of its weight in a GGUF file, without `.weight`. `orders`: module
+    -> the column of its weight that each column of the file is, int64 [K], where these differ. `transposed`: modules
+    whose rows are no rows of a file. `experts`: those of a layer.
     """
 
     arch: str  # GGUF's name of the architecture
@@ -44,7 +46,7 @@ class Model:
     gqa: int
     tied: bool
     names: Mapping[str, str] = field(default_factory=dict)
-    runs: Mapping[str, int] = field(default_factory=dict)
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     experts: int = 0
 

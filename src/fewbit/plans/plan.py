@@ -17,7 +17,7 @@ from typing import Any
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored, storing
-from fewbit.lazy import torch
+from fewbit.lazy import Tensor, torch
 from fewbit.methods.base import Method, make, name_of
 from fewbit.names import in_short
 from fewbit.plans import mixtures
@@ -282,9 +282,11 @@ def format_of(plan: Plan) -> Format:
 
 @dataclass(frozen=True)
 class Assignment(Stored):
-    """The scheme and method for one weight."""
+    """The scheme and method for one weight. order: the column of the weight that each column of the file is, int64 [K],
+    so that blocks of columns are those of the file; None if the order is the same."""
 
     method: Method
+    order: Tensor | None = field(default=None, compare=False)
 
     @property
     def need(self) -> Need:
@@ -337,7 +339,8 @@ def resolve(
             method = make(rule.method, dict(rule.options))
             if model is not None and not model.in_block(module) and (method.needs > Need.NOTHING or method.rewrites):
                 method = make(_WITHOUT_INPUTS)
-            wanted[module] = Assignment(module, shape, _storable(scheme), method)
+            order = None if model is None else model.orders.get(module)
+            wanted[module] = Assignment(module, shape, _storable(scheme), method, order)
     if not wanted:
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
     if gates:
@@ -365,9 +368,6 @@ def resolve(
         if not wanted:
             raise PlanError(f"plan {plan.name} fits none of the model's linears", "\n  ".join(notes[:8]))
     refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
-    for m, run in ({} if model is None else model.runs).items():
-        if m in wanted and m not in refused and (reason := format.why_not((wanted[m].shape[0], run), wanted[m].scheme)):
-            refused[m] = f"{reason}, whose order differs in a GGUF file"
     refused |= {m: _TRANSPOSED for m in ([] if model is None else model.transposed) if m in wanted}
     if refused:
         raise not_stored(plan.name, [rule.match for rule in plan.rules], refused, wanted, format)
@@ -409,7 +409,7 @@ def _mixed(
     if model is None:
         raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} cannot store", _GGUF)
     weighed = any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in plan.rules)
-    tensors = {model.names[module]: (n, model.runs.get(module, k)) for module, (n, k) in shapes.items()}
+    tensors = {model.names[module]: shape for module, shape in shapes.items()}
     found = {}
     for spec in sorted(asked):
         name = spec.removeprefix(mixtures.PREFIX)

@@ -1,7 +1,8 @@
 """Names of tensors in a GGUF file, and the conversions of their values, for each architecture.
 
 transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name, these things
-can differ. Only the order of columns affects quantization: blocks must lie within the runs that are moved.
+can differ. Only the order of columns affects quantization: a plan quantizes the columns in the file's order. A
+conversion moves whole blocks, which must lie within the runs of columns that keep their neighbours.
 
     rows        Llama's q and k: transformers rotates the halves of a head (i with i + d/2), llama.cpp neighbours (2i
                 with 2i + 1). So row 2i + j of a head in the file is row i + j d/2 of the model's weight.
@@ -173,10 +174,13 @@ class Route:
         return (sum(self.heights), *shape[1:]) if self.heights else (count, *shape)
 
     def blocks_to_file(self, blocks: Tensor, columns: int) -> Tensor:
-        """The blocks of a weight [N, K], uint8 [N, bytes], in the file's order. columns: those of a block."""
+        """The blocks of a weight [N, K], uint8 [N, bytes], in the file's order.
+
+        columns: those of a block; 0 if the blocks of each row are in the file's order already.
+        """
         blocks = blocks if self.rows is None else blocks[self.rows]
         blocks = pad(blocks, (0, 0, 0, self.height - len(blocks))) if self.height else blocks
-        return self._blocks(blocks, columns, back=False)
+        return self._blocks(blocks, columns, back=False) if columns else blocks
 
     def blocks_from_file(self, blocks: Tensor, columns: int) -> Tensor:
         """The blocks of a weight, uint8 [N, bytes], in the model's order. columns: those of a block."""
