@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit.nn.moved import UNIT, MovedWeight, decoded
+from fewbit.nn.moved import UNIT, MovedStack, MovedWeight, alike, decoded
 from fewbit.schemes.base import QTensor, Scheme, Uniform, parse
 
 MOVING = ("int4-g32-sym", "int3-g32", "int2-g64-sym-bf16", "q2_k", "q3_k", "q4_k", "q6_k", "q4_1")
@@ -136,3 +136,35 @@ def test_beyond_the_last_code_only_the_way_back_counts() -> None:
     values.backward(torch.tensor([[1.0, -1.0, -1.0, 1.0]]))  # a step is against the gradient
     assert latent.grad is not None
     assert latent.grad.tolist() == [[0, -UNIT, 0, UNIT]]
+
+
+@EVERY
+def test_stacked_weights_are_those_of_each_alone(spec: str) -> None:
+    weight, towards = made(spec)
+    names = alike({"a": weight, "b": weight})
+    assert len(names) == (2 if spec == "nvfp4" else 1)
+    if len(names) > 1:
+        return
+    stack = scrambled(MovedStack([weight, weight], [towards, towards.flip(0)]))
+    assert isinstance(stack, MovedStack)
+    aim = torch.randn(2, *weight.shape, generator=torch.Generator().manual_seed(2))
+    values = stack.each()
+    (torch.stack(list(values)) * aim).sum().backward()
+    for index, own in enumerate([stack.part(0), stack.part(1)]):
+        assert torch.equal(own.values().detach(), values[index].detach())
+        assert own.tuned().parts.keys() == weight.parts.keys()
+        (own.values() * aim[index]).sum().backward()
+        for name, alone in [("latent", own), *((f"delta.{name}", own) for name in own.delta)]:
+            if name == "latent" and own.grids is None:
+                continue
+            one, whole = alone.get_parameter(name).grad, stack.get_parameter(name).grad
+            assert one is not None
+            assert whole is not None
+            assert torch.equal(one, whole[index * len(one) : (index + 1) * len(one)])
+    assert not torch.equal(*values)
+
+
+def test_other_weights_are_not_stacked() -> None:
+    weight, _ = made("int4-g32-sym")
+    others = {"b": made("int3-g32")[0], "c": made("int4-g32-sym", True)[0], "d": made("nvfp4")[0], "e": weight}
+    assert alike({"a": weight, **others}) == [["a", "e"], ["b"], ["c"], ["d"]]

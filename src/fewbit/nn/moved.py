@@ -15,6 +15,7 @@ Codes of a table (NF4) or of a scheme whose grids are not evenly spaced stay, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from fewbit.nn.tuned import TunedWeight
 from fewbit.schemes.base import Grids, QTensor, Scheme, Uniform
+from fewbit.schemes.stacked import concatenated, unstack
 
 UNIT = 5.0  # codes for a step of 1, so that one learning rate suits codes and scales of a block
 _NEAR = 0.49  # codes; beyond it a weight counts as if it lay there
@@ -100,6 +102,61 @@ class MovedWeight(TunedWeight):
             parts = weight.codec.pack(codes, self.grids)
         parts = weight.codec.with_floats(parts, self.floats())
         return QTensor(weight.codec, weight.shape, parts, weight.permutation)
+
+
+class MovedStack(MovedWeight):
+    """Weights above one another that are trained as one, so that a step takes few operations for all of them.
+
+    weights: one of any kind, or several for which `alike` gives one list. towards: [N, K] each.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[QTensor],
+        towards: Sequence[Tensor] | None,
+        narrow: torch.dtype | None = None,
+        unit: float = UNIT,
+    ) -> None:
+        self.counts = [weight.shape[0] for weight in weights]
+        whole = concatenated(weights) if len(weights) > 1 else weights[0]
+        super().__init__(whole, None if towards is None else torch.cat(list(towards)), narrow, unit)
+
+    def each(self) -> Sequence[Tensor]:
+        """The values of the weights, float32 [N, K] each, differentiable by all that is trained."""
+        values: Sequence[Tensor] = self.values().split(self.counts)
+        return values
+
+    def part(self, index: int) -> MovedWeight:
+        """One of the weights, with a copy of what is trained."""
+        if len(self.counts) == 1:
+            return self
+        made = MovedWeight(unstack(self.weight, self.counts)[index], None, self.narrow, self.unit)
+        with torch.no_grad():
+            for name, delta in made.delta.items():
+                delta.copy_(self._own(self.delta[name], index))
+            if made.grids is not None:
+                made.first = self._own(self.first, index)
+                made.latent.copy_(self._own(self.latent, index))
+        return made
+
+    def _own(self, numbers: Tensor, index: int) -> Tensor:
+        own: Tensor = numbers.split([len(numbers) * n // sum(self.counts) for n in self.counts])[index]
+        return own
+
+
+def alike(weights: Mapping[str, QTensor]) -> list[list[str]]:
+    """The names of weights, in lists of those that can be stacked: of one codec and number of columns."""
+    found: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        key = (weight.codec, weight.shape[1]) if stackable(weight) else name
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def stackable(weight: QTensor) -> bool:
+    """Whether every part and every trained number of a weight belongs to one of its rows."""
+    codec = weight.codec
+    return weight.permutation is None and codec.by_rows(weight.shape) and not codec.shared
 
 
 def decoded(latent: Tensor, uniform: Uniform, unit: float = UNIT) -> Tensor:

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from fewbit.errors import NumericsError
 from fewbit.models.calls import first_line
 from fewbit.models.linears import is_transposed
-from fewbit.nn.moved import MovedWeight
+from fewbit.nn.moved import MovedStack, MovedWeight, alike
 from fewbit.pipeline.capture import Block
 from fewbit.pipeline.descent import Objective, descend
 from fewbit.pipeline.optimization import Optimization
@@ -118,9 +118,12 @@ class Problem:
 
 def tune(problem: Problem, weights: Mapping[str, QTensor], originals: Mapping[str, Tensor], how: BlockTuning) -> Tuned:
     """Train the weights of a block. originals: linear -> the weight [N, K] that each approximates."""
-    moving = {name: MovedWeight(weight, originals[name]) for name, weight in weights.items()}
+    moving = {
+        tuple(names): MovedStack([weights[name] for name in names], [originals[name] for name in names])
+        for names in alike(weights)
+    }
     together: dict[tuple[str, int, str], MovedWeight] = {}
-    for name, each in moving.items():
+    for (name, *_), each in moving.items():
         key = (name.rpartition(".")[0], each.weight.shape[1], str(each.weight.codec))
         each.share(together.setdefault(key, each))
     trained = {id(each): each for weight in moving.values() for each in weight.parameters_of}
@@ -132,7 +135,7 @@ def tune(problem: Problem, weights: Mapping[str, QTensor], originals: Mapping[st
     order = _order(batches, problem, how)
 
     def values() -> dict[str, Tensor]:
-        return {name: each.values() for name, each in moving.items()}
+        return {name: own for names, each in moving.items() for name, own in zip(names, each.each(), strict=True)}
 
     def gradient(step: int) -> None:
         own = values()
@@ -151,11 +154,12 @@ def tune(problem: Problem, weights: Mapping[str, QTensor], originals: Mapping[st
         raise
     except (NumericsError, RuntimeError, NotImplementedError) as error:  # code of a model may have no gradient
         return _not(first_line(error))
-    return Tuned(
-        {name: each.tuned() for name, each in moving.items()},
-        {name: each.share_moved for name, each in moving.items()},
-        [],
-    )
+    new, moved = dict[str, QTensor](), dict[str, float | None]()
+    for names, each in moving.items():
+        for index, name in enumerate(names):
+            own = each.part(index)
+            new[name], moved[name] = own.tuned(), own.share_moved
+    return Tuned(new, moved, [])
 
 
 def _not(why: str) -> Tuned:

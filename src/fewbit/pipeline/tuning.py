@@ -32,10 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.models.blocks import find_blocks
+from fewbit.nn.experts import ExpertSlice
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.nn.moved import MovedWeight
 from fewbit.nn.tuned import TunedEmbedding, TunedLinear, TunedWeight
+from fewbit.nn.tuned_experts import TunedExperts, TunedSlice, replace_experts
 from fewbit.pipeline.descent import Descent, Objective, Tell, descend
 from fewbit.pipeline.optimization import Optimization
 from fewbit.pipeline.replacing import Files
@@ -209,7 +211,7 @@ class Student:
     """A packed model whose floats are trained. weights, gains: by the names of their modules and parameters."""
 
     model: Any
-    weights: dict[str, TunedWeight]
+    weights: dict[str, TunedWeight | TunedSlice]
     gains: dict[str, Gain]
     notes: list[str]
 
@@ -247,7 +249,7 @@ class Student:
     @property
     def moved(self) -> float | None:
         """The share of all trained codes that differ from those at the start; None if codes stay."""
-        moved = [each for each in self.weights.values() if isinstance(each, MovedWeight) and each.grids is not None]
+        moved = [each for each in self.model.modules() if isinstance(each, MovedWeight) and each.grids is not None]
         if not moved:
             return None
         total = sum(each.first.numel() for each in moved)
@@ -318,7 +320,7 @@ class Lazy(Mapping[str, Tensor]):
         return len(self.made)
 
 
-def _on_cpu(weight: TunedWeight) -> QTensor:
+def _on_cpu(weight: TunedWeight | TunedSlice) -> QTensor:
     return weight.tuned().map(lambda part: part.cpu())
 
 
@@ -336,7 +338,7 @@ def _is_gain(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
 
 
-def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, TunedWeight], Counter[str]]:
+def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, TunedWeight | TunedSlice], Counter[str]]:
     """Replace packed layers; the trained weights by their modules, and why others are not trained."""
     layers: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))
     layers |= {name: module for name, module in model.named_modules() if isinstance(module, QEmbedding)}
@@ -344,15 +346,19 @@ def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, Tune
         second.removesuffix(".weight"): first.removesuffix(".weight")
         for second, first in (getattr(model, "all_tied_weights_keys", None) or {}).items()
     }
-    found, frozen, checked = dict[str, TunedWeight](), Counter[str](), dict[tuple[str, Any], str | None]()
+    found, frozen, checked = dict[str, TunedWeight | TunedSlice](), Counter[str](), dict[tuple[str, Any], str | None]()
     together: dict[tuple[str, int, str], TunedWeight] = {}
+    stacks = _tuned_experts(layers, files, checked) if codes else {}
     for name in sorted(layers, key=lambda name: name in ties):  # the owner of a tied weight comes first
         layer, owner = layers[name], ties.get(name, name)
-        if owner in found and owner != name:
-            _replace(model, name, layer, found[owner])
+        if owner != name and isinstance(tied := found.get(owner), TunedWeight):
+            _replace(model, name, layer, tied)
             continue
         if reason := _why_not(name, layer, files, checked):
             frozen[reason] += 1
+            continue
+        if isinstance(layer, ExpertSlice) and (stack := stacks.get(id(layer.product))) is not None:
+            found[name] = TunedSlice(layer, stack)
             continue
         weight, narrow = layer.qtensor(), files.stored_type(name)
         moves = codes and isinstance(layer, QLinear) and weight.permutation is None and owner not in ties.values()
@@ -364,6 +370,24 @@ def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, Tune
     if elsewhere := files.weights.keys() - layers.keys() - ties.keys():
         frozen["fewbit does not load them packed"] += len(elsewhere)
     return found, frozen
+
+
+def _tuned_experts(
+    layers: Mapping[str, QLinear | QEmbedding], files: Files, checked: dict[tuple[str, Any], str | None]
+) -> dict[int, TunedExperts]:
+    """Replace the stacked experts whose weights can all be trained. By the `id` of their product."""
+    stacks: dict[int, dict[str, ExpertSlice]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertSlice):
+            stacks.setdefault(id(layer.product), {})[name] = layer
+    found: dict[int, TunedExperts] = {}
+    for key, slices in stacks.items():
+        types = {files.stored_type(name) for name in slices}
+        if len(types) > 1 or any(_why_not(name, layer, files, checked) for name, layer in slices.items()):
+            continue
+        if (made := replace_experts(list(slices.values()), types.pop(), _UNIT)) is not None:
+            found[key] = made
+    return found
 
 
 def _why_not(
