@@ -54,6 +54,15 @@ vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is
 MiniCPM-V 4.6 is read where 16 patches make one vector (`16x`), as published. Files of `4x` are refused.
 Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
 
+Tests also compare the vectors of an image with those of mtmd, llama.cpp's own library, in llama-cpp-python 0.3.36. They
+are the same, within 1e-3, for Gemma 3 and LightOnOCR. For others mtmd computes something else than transformers, and
+fewbit reads the files as transformers has the model:
+
+- InternVL, LLaVA: mtmd puts the class token after the patches. The positions in the file have it first.
+- LLaVA: mtmd also leaves out the last block of the file.
+- Llama 4: mtmd does not find the norm before each MLP, as the converter gives it another name. It also lists the
+  vectors of an image column by column; the model has them row by row.
+
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
 |---|---|---|---|"""
 # What differs, transformers, llama.cpp, files of fewbit.
