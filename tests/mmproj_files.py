@@ -422,6 +422,17 @@ KINDS["smolvlm"] = replace(
     images=lambda: transformers.SmolVLMImageProcessorPil(**_LIMITS, **_HALF),
     processor="SmolVLMProcessor",
 )
+# Second kinds of towers of a row, which the tensors of a file tell apart. A hyphen separates what differs.
+_RMS = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}
+KINDS |= {
+    "gemma4-plain": replace(
+        KINDS["gemma4"], vision={**KINDS["gemma4"].vision, "standardize": False, "use_clipped_linears": False}
+    ),
+    "internvl-rms": replace(KINDS["internvl"], vision={**KINDS["internvl"].vision, **_RMS}),
+    "lfm2_vl-norm": replace(KINDS["lfm2_vl"], whole={**KINDS["lfm2_vl"].whole, "projector_use_layernorm": False}),
+    "lfm2_vl-bias": replace(KINDS["lfm2_vl"], whole={**KINDS["lfm2_vl"].whole, "projector_bias": False}),
+    "glm4v_moe-bias": replace(KINDS["glm4v_moe"], vision={**KINDS["glm4v_moe"].vision, "attention_bias": True}),
+}
 # Rows of fewbit that read files of kinds with another type
 ROW_OF = {"smolvlm": "idefics3"}
 
