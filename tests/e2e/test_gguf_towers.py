@@ -184,6 +184,27 @@ def test_a_folder_with_both_files_is_the_whole_model(gemma: Files, picture: Path
         assert done.code == 0, done.err
 
 
+def test_auto_processor_makes_that_of_a_folder(gemma: Files, picture: Path, tmp_path: Path) -> None:
+    folder = gemma.text.parent
+    made_of = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(made_of).__name__ == "Gemma3Processor"
+    given = made_of(text=f"<start_of_image>{PROMPT}", images=[Image.open(picture)], return_tensors="pt")
+    model = package.load(folder, device="cpu")
+    ids = model.generate(**given, max_new_tokens=4, do_sample=False)[0, given["input_ids"].shape[1] :]
+    found = package.generate(folder, PROMPT, images=picture, max_new_tokens=4, device="cpu")
+    assert made_of.tokenizer.decode(ids) == found.text
+    alone = transformers.AutoProcessor.from_pretrained(folder, gguf_file=gemma.text.name)
+    assert isinstance(alone, transformers.PreTrainedTokenizerBase)
+    (tmp_path / "text").mkdir()
+    shutil.copy(gemma.text, tmp_path / "text")
+    alone = transformers.AutoProcessor.from_pretrained(tmp_path / "text")
+    assert isinstance(alone, transformers.PreTrainedTokenizerBase)
+    shutil.copy(gemma.tower, tmp_path / "text" / "one.gguf")
+    shutil.copy(gemma.tower, tmp_path / "text" / "two.gguf")
+    with pytest.raises(FormatError, match=r"has several vision towers \(one\.gguf, two\.gguf\)"):
+        transformers.AutoProcessor.from_pretrained(tmp_path / "text")
+
+
 def test_a_vocabulary_may_lack_gemmas_image_token(tmp_path: Path, gemma: Files, picture: Path) -> None:
     file = GgufFile(gemma.text)
     tokens = list(file.metadata["tokenizer.ggml.tokens"])
@@ -358,6 +379,25 @@ def test_a_tower_that_is_left_out_is_said(gemma: Files, tmp_path: Path) -> None:
     assert package.evaluate(gemma.text, reference=folder, **text).notes == [unused]
     whole = f"measured on text, which does not use model.vision_tower of {gemma.folder}"
     assert package.evaluate(gemma.folder, **text).notes == [whole]
+
+
+def test_inspect_says_what_a_tower_is_for(tmp_path: Path, gemma: Files, fewbit: Fewbit) -> None:
+    said = "gemma3, of Gemma3ForConditionalGeneration, beside a language model of type gemma3_text"
+    for name in (gemma.tower, gemma.text.parent):
+        assert package.inspect(name).towers == {"mmproj.gguf": said}
+    assert package.inspect(gemma.text).towers == {}
+    found = package.inspect(gemma.tower, metadata=True)
+    assert found.parameters == sum(entry.spec.nbytes // 4 for entry in GgufFile(gemma.tower).entries.values())
+    assert found.metadata["clip.projector_type"] == "gemma3"
+    sound = {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"clip.projector_type": "resampler"}, "'resampler', which fewbit does not read: transformers 5.24 has no"),
+        (sound, "has a tower for sound alone, and fewbit reads towers for images only"),
+    )
+    for keys, words in cases:
+        tower = mmproj_files.changed(gemma.tower, tmp_path / "mmproj.gguf", keys)
+        done = fewbit("inspect", tower)
+        assert (done.code, words in " ".join(done.out.split())) == (0, True), done.out + done.err
 
 
 def test_folders_that_cannot_be_the_whole_model(tmp_path: Path, gemma: Files) -> None:

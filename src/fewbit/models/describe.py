@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
+from fewbit.models.gguf import towers
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
 from fewbit.system.files import read_json
@@ -39,6 +40,7 @@ class Inspection:
     model count as decoded. file_bytes: tensors in the files. bits_per_weight: of the whole model, as stored.
     bits_per_weight_quantized: of the quantized weights, None without any.
     made: fewbit's record of how it made the model; empty for other models. metadata: all keys of a GGUF file.
+    towers: name of a GGUF file with a vision or audio tower -> what it is for, or why fewbit does not read it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Inspection:
     bits_per_weight_quantized: float | None
     made: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    towers: dict[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -63,7 +66,8 @@ class Inspection:
 def describe(source: Source) -> Inspection:
     """Describe the model of `source`. FormatError if its files contradict its config."""
     if source.gguf is not None:
-        return _of_gguf(source)
+        found = _of_gguf(source.name, GgufFile(source.files[0]), source.config["architectures"][0])
+        return replace(found, towers={file.name: towers.about(file) for file in source.towers})
     config, checkpoint = source.config, Checkpoint(list(source.files))
     quantization = source.quantization
     schemes: Counter[str] = Counter()
@@ -171,8 +175,13 @@ def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspecti
     )
 
 
-def _of_gguf(source: Source) -> Inspection:
-    file, config = GgufFile(source.files[0]), source.config
+def describe_tower(file: GgufFile) -> Inspection:
+    """Describe a file with a vision or audio tower (mmproj)."""
+    found = _of_gguf(str(file.path), file, "vision or audio tower (mmproj)")
+    return replace(found, towers={file.path.name: towers.about(file.path)})
+
+
+def _of_gguf(name: str, file: GgufFile, architecture: str) -> Inspection:
     schemes: Counter[str] = Counter()
     parameters = quantized = packed = 0
     for entry in file.entries.values():
@@ -182,8 +191,8 @@ def _of_gguf(source: Source) -> Inspection:
             quantized += prod(entry.shape)
             packed += entry.spec.nbytes
     return Inspection(
-        name=source.name,
-        architecture=config["architectures"][0],
+        name=name,
+        architecture=architecture,
         format="gguf",
         schemes=dict(schemes),
         parameters=parameters,

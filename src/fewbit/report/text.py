@@ -321,6 +321,8 @@ def inspection(i: Inspection) -> None:
     table.add_row("bits per weight", f"{i.bits_per_weight:.3f} over the whole model")
     if i.bits_per_weight_quantized:
         table.add_row("", f"{i.bits_per_weight_quantized:.3f} of the quantized weights")
+    for name, what in i.towers.items():
+        table.add_row("tower", f"{name}: {what}")
     if i.made:
         table.add_row(
             "made by", f"fewbit {i.made.get('versions', {}).get('fewbit', '?')} from {i.made.get('model', '?')}"

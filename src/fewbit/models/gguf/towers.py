@@ -50,11 +50,8 @@ def is_tower(file: GgufFile) -> bool:
     return file.metadata.get("general.type") == "mmproj" or file.metadata.get("general.architecture") == "clip"
 
 
-def opened(path: Path, language: str) -> Opened:
-    """The tower in the file at `path`. FormatError if it has none, another one than for images, or an unknown one.
-
-    language: transformers' type of the language model. FormatError if a model of this type cannot have the tower.
-    """
+def _rows(path: Path) -> tuple[Keys, list[Tower]]:
+    """The keys of the file at `path`, and the rows that it may be of. FormatError if it has none that fewbit reads."""
     file = GgufFile(path)
     if not is_tower(file):
         kind = str(file.metadata.get("general.architecture"))[:80]
@@ -82,6 +79,27 @@ def opened(path: Path, language: str) -> Opened:
             "files without one",
             _ALONE,
         )
+    return keys, rows
+
+
+def about(path: Path) -> str:
+    """What the tower in the file at `path` is for, or why fewbit does not read it."""
+    try:
+        _, rows = _rows(path)
+    except FormatError as error:
+        return error.message.removeprefix(str(path)).removeprefix(":").strip()
+    texts = sorted({text for row in rows for text in row.texts})
+    classes = " or ".join(dict.fromkeys(row.cls for row in rows))
+    return f"{rows[0].projector}, of {classes}, beside a language model of type {', '.join(texts)}"
+
+
+def opened(path: Path, language: str) -> Opened:
+    """The tower in the file at `path`. FormatError if it has none, another one than for images, or an unknown one.
+
+    language: transformers' type of the language model. FormatError if a model of this type cannot have the tower.
+    """
+    keys, rows = _rows(path)
+    file, projector = keys.file, rows[0].projector
     for row in rows:
         if language in row.texts:
             return Opened(file, keys, swapped(row) if row.swapped and _is_swapped(keys) else row)
