@@ -104,6 +104,14 @@ Weight fp8(int64_t k) {
   return made;
 }
 
+// float16 or bfloat16, not quantized.
+Weight floats16(bool brain, int64_t k) {
+  Weight made(brain ? FEWBIT_BF16 : FEWBIT_F16, 0, 0, k);
+  uint8_t* at = made.random(0, N * k * 2);
+  for (int64_t i = 1; i < N * k * 2; i += 2) at[i] = uint8_t((at[i] & 0x83) | (brain ? 0x3c : 0x20));  // 2^-7 or so
+  return made;
+}
+
 Weight fp4(bool nv, int64_t k) {
   const int64_t group = nv ? 16 : 32;
   Weight made(nv ? FEWBIT_NVFP4 : FEWBIT_MXFP4, 0, group, k);
@@ -145,6 +153,7 @@ std::vector<Weight> weights() {
     all.push_back(blocks(FEWBIT_Q2_0, 64, 18, {0}, k));
     all.push_back(levels(k));
     all.push_back(fp8(k));
+    for (bool brain : {false, true}) all.push_back(floats16(brain, k)), all.push_back(floats16(brain, k - 27));
     all.push_back(fp4(false, k));
     all.push_back(fp4(true, k));
   }

@@ -184,6 +184,8 @@ int check(const fewbit_weight* given) {
       const int64_t scales = ((w.n + w.bits - 1) / w.bits) * ((w.k + w.group - 1) / w.group);
       return holds(w, 0, w.n * w.k) && holds(w, 1, 4 * scales) ? FEWBIT_OK : FEWBIT_SHORT;
     }
+    case FEWBIT_F16:
+    case FEWBIT_BF16: return holds(w, 0, w.n * w.k * 2) ? FEWBIT_OK : FEWBIT_SHORT;
     case FEWBIT_MXFP4:
     case FEWBIT_NVFP4: {
       const bool nv = w.kind == FEWBIT_NVFP4;

@@ -21,6 +21,8 @@ enum fewbit_kind {
   FEWBIT_FP8 = 4,    // codes e4m3 [N, K], scale float32 [ceil(N / bits), ceil(K / group)]
   FEWBIT_MXFP4 = 5,  // codes (two to a byte, low nibble first), scale e8m0 [N, K / 32]
   FEWBIT_NVFP4 = 6,  // codes as MXFP4, scale e4m3 [N, K / 16], global float32 [N]
+  FEWBIT_F16 = 7,    // float16 [N, K], not quantized
+  FEWBIT_BF16 = 8,   // bfloat16 [N, K], not quantized
   FEWBIT_Q4_0 = 16,
   FEWBIT_Q4_1,
   FEWBIT_Q5_0,
@@ -184,8 +186,8 @@ FEWBIT_API int fewbit_force(const char* name);
 FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
 // Number of columns of an arranged row, padding included; if negative, -fewbit_status.
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
-// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (not for levels, FP8). The
-// result for a row of x does not depend on the other rows, nor on the number of threads.
+// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (not for levels and
+// floats). The result for a row of x does not depend on the other rows, nor on the number of threads.
 FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
 // The same for many weights of one layout and shape, in one call: rows [begin[e], end[e]) of x times the transpose of
 // w[e], for each of `count` weights. These ranges must not overlap; other rows of y are not written. x has m rows.

@@ -25,6 +25,12 @@ void by_rows(const fewbit_weight& w, const float* x, int64_t stride, int64_t m, 
   }
 }
 
+// A row of activations, and zeros up to `columns`.
+inline void padded(const fewbit_weight& w, const float* x, float* out, int64_t columns) {
+  memcpy(out, x, size_t(w.k) * 4);
+  memset(out + w.k, 0, size_t(columns - w.k) * 4);
+}
+
 // Sixteen levels in float32. Activations are not rounded, since the levels are not integers. Column order: of each 32
 // columns the 16 even ones, then the 16 odd ones.
 template <bool twofold> struct Levels {
@@ -123,10 +129,7 @@ struct Fp8 {
   static constexpr int C = 64;
   static int64_t columns(const fewbit_weight& w) { return (w.k + C - 1) / C * C; }
   static int64_t rounded_bytes(const fewbit_weight& w) { return columns(w) * 4; }
-  static void arrange(const fewbit_weight& w, const float* x, float* out) {
-    memcpy(out, x, size_t(w.k) * 4);
-    memset(out + w.k, 0, size_t(columns(w) - w.k) * 4);
-  }
+  static void arrange(const fewbit_weight& w, const float* x, float* out) { padded(w, x, out, columns(w)); }
   static void round(const fewbit_weight& w, const float* x, int8_t*, float*, char* out) { arrange(w, x, (float*)out); }
 
   // Sixty-four codes from p on; zeros beyond the end of the weight, where a copy of its last codes is read.
@@ -200,6 +203,67 @@ struct Fp8 {
         F v[4];
         Vec::fp8s(p, v);
         for (int i = 0; i < 4; i++) Vec::storef(out + c + 16 * i, Vec::mul(v[i], s));
+      }
+  }
+};
+
+// Floats of 16 bits that are not quantized: bfloat16 if `brain`, else float16. Columns keep their order; a row of
+// activations is padded with zeros to a multiple of 32, and so is the end of a row of W.
+template <bool brain> struct Halves {
+  static constexpr int C = 32;
+  static int64_t columns(const fewbit_weight& w) { return (w.k + C - 1) / C * C; }
+  static int64_t rounded_bytes(const fewbit_weight& w) { return columns(w) * 4; }
+  static void arrange(const fewbit_weight& w, const float* x, float* out) { padded(w, x, out, columns(w)); }
+  static void round(const fewbit_weight& w, const float* x, int8_t*, float*, char* out) { arrange(w, x, (float*)out); }
+
+  static INLINE F widened(const uint16_t* p) { return brain ? Vec::bfloat((const uint8_t*)p) : Vec::halfs((const uint8_t*)p); }
+
+  // M rows of x, as far as there are so many, then the rest by fewer: rows [begin, end) of W.
+  template <int M>
+  static void rows(const fewbit_weight& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
+    const int64_t stride = columns(w);
+    int64_t i = 0;
+    for (; i + M <= m; i += M)
+      for (int64_t n = begin; n < end; n++) product<M>(w, x + i * stride, y + i * w.n, n);
+    if constexpr (M > 1)
+      if (i < m) rows<M / 2>(w, x + i * stride, m - i, y + i * w.n, begin, end);
+  }
+  template <int M> static INLINE void product(const fewbit_weight& w, const float* x, float* y, int64_t n) {
+    const int64_t stride = columns(w), whole = w.k / C * C;
+    const uint16_t* p = (const uint16_t*)w.part[0] + n * w.k;
+    F even[M], odd[M];
+    for (int m = 0; m < M; m++) even[m] = odd[m] = Vec::set1(0);
+    const auto step = [&](const uint16_t* q, int64_t c) INLINE_LAMBDA {
+      const F a = widened(q), b = widened(q + 16);
+      for (int m = 0; m < M; m++) {
+        even[m] = Vec::fma(a, Vec::loadf(x + m * stride + c), even[m]);
+        odd[m] = Vec::fma(b, Vec::loadf(x + m * stride + c + 16), odd[m]);
+      }
+    };
+    for (int64_t c = 0; c < whole; c += C) {
+      ahead((const uint8_t*)(p + c));
+      step(p + c, c);
+    }
+    if (whole < w.k) {
+      uint16_t rest[C] = {};
+      memcpy(rest, p + whole, size_t(w.k - whole) * 2);
+      step(rest, whole);
+    }
+    for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(Vec::add(even[m], odd[m]));
+  }
+  static void linear(const fewbit_weight& w, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end) {
+    const int64_t span = m > 1 ? 8 : end - begin;  // rows of W that stay in a cache until all of x has met them
+    for (int64_t n = begin; n < end; n += span)
+      rows<Vec::HALVES>(w, (const float*)rounded, m, y, n, n + span < end ? n + span : end);
+  }
+  static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t c = 0; c < columns(w); c += 16, out += 16) {
+        const uint16_t* q = (const uint16_t*)w.part[0] + n * w.k + c;
+        const int64_t left = w.k - c;
+        uint16_t rest[16] = {};
+        if (left < 16) q = (const uint16_t*)memcpy(rest, q, size_t(left > 0 ? left : 0) * 2);
+        Vec::storef(out, widened(q));
       }
   }
 };

@@ -278,6 +278,8 @@ template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
     case FEWBIT_LEVELS: return fn(Levels<false>{});
     case FEWBIT_LEVELS_DOUBLE: return fn(Levels<true>{});
     case FEWBIT_FP8: return fn(Fp8{});
+    case FEWBIT_F16: return fn(Halves<false>{});
+    case FEWBIT_BF16: return fn(Halves<true>{});
     case FEWBIT_MXFP4: return fn(Kernels<Fp4<false>>{});
     case FEWBIT_NVFP4: return fn(Kernels<Fp4<true>>{});
     case FEWBIT_Q4_0: return fn(Kernels<Q45<Q40>>{});

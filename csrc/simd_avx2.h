@@ -8,6 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+  static constexpr int HALVES = 2;  // rows of x with two sums each in registers
 #ifdef __AVXVNNI__
   static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
   static constexpr bool SHIFTED = true;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
@@ -229,6 +230,9 @@ struct Vec {
     const __m128i x = part16(p);
     return {halves_of(x), halves_of(_mm_srli_si128(x, 8))};
   }
+  static F halfs(const uint8_t* p) { return {_mm256_cvtph_ps(part16(p)), _mm256_cvtph_ps(part16(p + 16))}; }
+  static __m256 bfloat8(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+  static F bfloat(const uint8_t* p) { return {bfloat8(part16(p)), bfloat8(part16(p + 16))}; }
   static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
     for (int i = 0; i < 4; i++) out[i] = fp8(p + 16 * i);
   }

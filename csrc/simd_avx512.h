@@ -16,6 +16,7 @@ template <int by> struct Words {  // of four times 16 bytes, `by` bytes apart, t
 
 struct Vec {
   static constexpr int ROWS = 4;  // of W with sums in registers
+  static constexpr int HALVES = 8;  // rows of x with two sums each in registers
   static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
   static constexpr bool SHIFTED = true;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
 #ifdef __AVX512VBMI__
@@ -194,6 +195,10 @@ struct Vec {
   static F halves_of(__m128i codes) {  // of E4M3 codes: sign and exponent move up, and the copied sign is cleared
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
     return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
+  }
+  static F halfs(const uint8_t* p) { return _mm512_cvtph_ps(part32(p)); }
+  static F bfloat(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part32(p)), 16));
   }
   static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
     for (int i = 0; i < 2; i++) {

@@ -8,6 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 2;  // of W with sums in registers
+  static constexpr int HALVES = 2;  // rows of x with two sums each in registers
   static constexpr int TAKEN = 128;  // what `dot` subtracts from codes above 127
   static constexpr bool SHIFTED = false;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
   static constexpr int THREES = 2;  // vectors of codes of three bits for each step
@@ -210,6 +211,17 @@ struct Vec {
     const float16x8_t a = vreinterpretq_f16_u16(lo), b = vreinterpretq_f16_u16(hi);
     return {{vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)), vcvt_f32_f16(vget_low_f16(b)),
              vcvt_f32_f16(vget_high_f16(b))}};
+  }
+  static F halfs(const uint8_t* p) {
+    F f;
+    for (int i = 0; i < 4; i++) f.x[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)));
+    return f;
+  }
+  static F bfloat(const uint8_t* p) {
+    F f;
+    for (int i = 0; i < 4; i++)
+      f.x[i] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p + 8 * i)), 16));
+    return f;
   }
   static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
     for (int i = 0; i < 4; i++) out[i] = fp8(p + 16 * i);

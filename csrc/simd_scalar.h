@@ -7,6 +7,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+  static constexpr int HALVES = 2;  // rows of x with two sums each in registers
   static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
   static constexpr bool SHIFTED = false;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
   static constexpr int THREES = 2;  // vectors of codes of three bits for each step
@@ -215,6 +216,18 @@ struct Vec {
     for (int i = 0; i < 16; i++) {
       const uint16_t h = uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
       f.x[i] = half((const uint8_t*)&h);
+    }
+    return f;
+  }
+  // Sixteen numbers in float16 or bfloat16.
+  static F halfs(const uint8_t* p) { return halfs(p, 16); }
+  static F bfloat(const uint8_t* p) {
+    F f;
+    for (int i = 0; i < 16; i++) {
+      uint16_t h;
+      memcpy(&h, p + 2 * i, 2);
+      const uint32_t bits = uint32_t(h) << 16;
+      memcpy(&f.x[i], &bits, 4);
     }
     return f;
   }

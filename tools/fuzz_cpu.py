@@ -14,6 +14,7 @@ import torch
 
 from fewbit import registry
 from fewbit.kernels.base import Kernel
+from fewbit.kernels.cpu.kernel import product
 from fewbit.schemes.base import QTensor, Scheme, parse
 from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.stacked import concatenated
@@ -53,6 +54,15 @@ def rounded(isa: str) -> None:
         raise SystemExit(f"{scheme} {n} x {k} of {dtype}, {isa}: codes or their loss are not the definition's")
 
 
+def unquantized(isa: str) -> None:
+    """Products with a weight in 16 bits, from a buffer without a byte to spare."""
+    n, k, dtype = random.randint(1, 70), random.randint(1, 300), random.choice((torch.float16, torch.bfloat16))
+    weight, x = torch.randn(n, k).to(dtype), torch.randn(random.randint(1, 12), k)
+    exact = x.double() @ weight.double().T
+    if (distance := float((product(x, weight) - exact).norm() / exact.norm())) > 1e-5:
+        raise SystemExit(f"{dtype} {n} x {k}, {len(x)} rows, {isa}: off by {distance:.1e}")
+
+
 def encoded(isa: str) -> None:
     """Vectors of a codebook that are chosen under a metric can be stored."""
     scheme, n = IQ.from_spec(random.choice(IQ.examples)), random.randint(1, 40)
@@ -87,6 +97,7 @@ def main() -> None:
         torch.set_num_threads(random.randint(1, 4))
         rounded(isa)
         encoded(isa)
+        unquantized(isa)
         seed = random.randrange(1 << 30)
         if (off := block_cases.distance(block_cases.drawn(seed))) > 2e-2:
             raise SystemExit(f"block of seed {seed}, {isa}: off by {off:.1e}")

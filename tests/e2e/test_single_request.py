@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fewbit
+from fewbit.models.decoding import unquantized
 from fewbit.models.decoding.choosing import Choosing
 from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.single import _Parts
@@ -101,15 +102,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_text_is_the_same(dtype: torch.dtype, tiny: Path) -> None:
+def test_the_text_is_the_same(dtype: torch.dtype, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unquantized, "_LEAST", 1)  # the library multiplies by the head, too
     with engine(fewbit.load(tiny, dtype=dtype, device="cpu")) as made:
         for choosing in (Choosing(), SAMPLED):
             wanted = without(made, PROMPT, 60, choosing)
             with counted(made) as taken:
                 assert Asked(made, PROMPT, 60, choosing).answer() == wanted
             # The prompt's step has the first token, and the last is not read. The first step of an engine is compared.
-            assert len(taken) >= 58
-            assert max(taken) == len(PROMPT) + 58  # three pages
+            assert len(taken) >= len(wanted.tokens) - 2 >= 30
+            assert max(taken) == len(PROMPT) + len(wanted.tokens) - 2  # two or three pages
 
 
 def test_another_request_joins_and_leaves(tiny: Path) -> None:

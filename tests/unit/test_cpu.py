@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from itertools import product
+import itertools
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fewbit import registry
 from fewbit.advise import doctor
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
+from fewbit.kernels.cpu.kernel import product
 from fewbit.nn.choose import choose
 from fewbit.nn.fused import slices
 from fewbit.nn.layers import QLinear
@@ -65,7 +66,7 @@ def test_types_that_are_only_read_are_multiplied(instructions: str, name: str) -
     blocks = torch.randint(0, 256, (33 * 5, codec.type.nbytes), generator=random, dtype=torch.uint8)
     blocks = codebook.with_scale(name, blocks, torch.rand(33 * 5, 1, generator=random) - 0.5)
     parts = {"blocks": blocks.view(33, -1)}
-    for kernel, m in product(map(kernel_of, ("cpu", "cpu_exact")), (1, 5, 9)):
+    for kernel, m in itertools.product(map(kernel_of, ("cpu", "cpu_exact")), (1, 5, 9)):
         x = x_of(m, 1280)
         exact = kernel.rounded(x, codec) @ codec.dequantize(parts, shape, torch.float32).T
         y = kernel.linear(x, codec, kernel.prepare(codec, parts, shape), shape)
@@ -151,6 +152,58 @@ def test_bfloat16_is_read_exactly_and_written_to_the_nearest(library: ctypes.CDL
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(got[0].view(torch.int16), (exact[0].view(torch.int32) >> 16).short())  # not cut off
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@HALVES
+@pytest.mark.parametrize("k", [1, 31, 96, 1000])
+def test_weights_in_16_bits_are_multiplied_as_they_are(instructions: str, dtype: torch.dtype, k: int) -> None:
+    weight = (ordinary(37, k) + 0.02).to(dtype)
+    for m in (1, 2, 3, 5, 8, 9, 70):
+        x = x_of(m, k)
+        exact = x.double() @ weight.double().T
+        y = product(x, weight)
+        assert (y - exact).norm() <= 3e-7 * exact.norm()
+        if m <= 8:
+            assert torch.equal(y[-1:], product(x[-1:], weight)), "a row depends on the number of rows"
+            theirs = torch.nn.functional.linear(x.to(dtype), weight).double()
+            exact = x.to(dtype).double() @ weight.double().T
+            assert (product(x.to(dtype), weight) - exact).norm() <= 1.05 * (theirs - exact).norm() + 1e-7
+
+
+@HALVES
+def test_a_row_in_16_bits_does_not_see_the_next_one(instructions: str, dtype: torch.dtype) -> None:
+    weight, x = ordinary(3, 41).to(dtype), x_of(1, 41)
+    before = product(x, weight)
+    weight[1] = torch.nan
+    after = product(x, weight)
+    assert torch.equal(after[:, ::2], before[:, ::2])
+    assert bool(after[:, 1].isnan())
+    weight[1, 3], weight[1, 4:] = torch.inf, 0
+    assert bool(product(x.abs(), weight[1:2].nan_to_num(0, torch.inf)).isinf())
+
+
+@HALVES
+def test_threads_do_not_change_products_in_16_bits(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    weight, x, threads = ordinary(1031, 200).to(dtype), x_of(5, 200), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(product(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_weights_in_16_bits_that_are_not_whole_are_refused(library: ctypes.CDLL) -> None:
+    weight = ordinary(8, 64).bfloat16()
+    with pytest.raises(KernelError, match="not contiguous"):
+        product(x_of(1, 32), weight[:, ::2])
+    with pytest.raises(KernelError, match="too short"):
+        product(x_of(1, 128), weight)
 
 
 def test_it_is_an_op_that_the_compiler_understands(library: ctypes.CDLL) -> None:

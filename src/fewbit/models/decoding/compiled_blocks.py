@@ -5,7 +5,7 @@ not looked up by the name of a model. Of a block with experts, or with another M
 the end of attention. When the model first reads a cache of keys and values, the output of each block is compared with
 that of its own code, for a token after a few, at its own position and at the last ones of the context. The modules stay
 as they are, and run as before for what the library does not take: gradients, hooks, adapters, other caches, and blocks
-that are not recognized.
+that are not recognized. Products with unquantized weights are replaced in the same way (`unquantized`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, chil
 from fewbit.models.decoding.caches import CACHE, ReservedLayer, in_place, reserved
 from fewbit.models.decoding.replacement import Forward, Replacement, Turns, named, names_of
 from fewbit.models.decoding.steps import Steps
+from fewbit.models.decoding.unquantized import Product, products
 from fewbit.system import native
 
 _SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
@@ -42,7 +43,7 @@ def use(model: Any) -> None:
     """Let the library compute the blocks of a model on a CPU, where it can. Another call looks at the blocks anew."""
     remove(model)
     whole = not parallel.is_split(model)  # else ranks exchange numbers inside of blocks
-    if whole and model.device.type == "cpu" and model.dtype in _SAME and not isinstance(native.available(), str):
+    if whole and model.device.type == "cpu" and not isinstance(native.available(), str):
         hooks = _Hooks()
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
         model.register_forward_hook(hooks.after, always_call=True)
@@ -98,14 +99,26 @@ def _whole(model: Any, found: dict[Any, Any]) -> list[Replacement] | None:
     return every if every and len(every) == len(names) else None
 
 
-class _Hooks:
-    """Replaces the forward of blocks while a model runs. Before and after, the modules are as they were.
+def unquantized(model: Any) -> dict[Any, Product]:
+    """The linears with unquantized weights that the library computes while a model reads a cache, and by what."""
+    hooks = next((hook.__self__ for hook in model._forward_pre_hooks.values() if _own(hook)), None)
+    if hooks is None:
+        return {}
+    hooks.look(model)
+    found: dict[Any, Product] = hooks.products
+    return found
 
-    found: the blocks that the library computes; None before the test. reasons: why not others, see `split`.
+
+class _Hooks:
+    """Replaces the forward of blocks and products while a model runs. Before and after, the modules are as they were.
+
+    found: the blocks that the library computes; None before the test. products: the linears with unquantized weights
+    that it computes. reasons: why not other blocks, see `split`.
     """
 
     def __init__(self) -> None:
         self.found: dict[Any, Forward] | None = None
+        self.products: dict[Any, Product] = {}
         self.steps: Steps | None = None
         self.reasons: dict[str, str] = {}
         self.running = 0  # calls of the model, in all threads
@@ -122,7 +135,16 @@ class _Hooks:
                 self.found = {}  # the test runs the model
                 self.found, self.reasons = _found(model)
                 self.steps = _steps(model, self.found)
+                self.products = products(model)
             return self.found
+
+    @property
+    def forwards(self) -> Iterator[tuple[Any, Callable[..., Any]]]:
+        """The modules that the library computes, and what replaces their forward."""
+        yield from (self.found or {}).items()
+        yield from ((linear, own.forward) for linear, own in self.products.items())
+        if self.steps is not None:
+            yield self.steps.base, self.steps.forward
 
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -134,17 +156,16 @@ class _Hooks:
         if torch.is_grad_enabled() or not (layers or pages.is_paged(cache)):
             return
         with self.lock:
-            if not self.look(model):
+            blocks = self.look(model)
+            if not (blocks or self.products):
                 return
-            if layers:
+            if blocks and layers:
                 layers[:] = [in_place(layer) for layer in layers]
-            else:
+            elif blocks:
                 pages.begin(cache, kwargs)
             if self.running == 0:
-                for module, forward in self.look(model).items():
+                for module, forward in self.forwards:
                     vars(module).setdefault("forward", forward)
-                if self.steps is not None:
-                    vars(self.steps.base).setdefault("forward", self.steps.forward)
             self.running += 1
             taken[-1] = True
 
@@ -166,11 +187,9 @@ class _Hooks:
     def _ended(self, calls: int) -> None:
         self.running -= calls
         if self.running == 0:
-            for module, forward in (self.found or {}).items():
+            for module, forward in self.forwards:
                 if vars(module).get("forward") == forward:
                     del vars(module)["forward"]
-            if self.steps is not None and vars(self.steps.base).get("forward") == self.steps.forward:
-                del vars(self.steps.base)["forward"]
 
 
 def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
@@ -184,6 +203,8 @@ def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
 def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
     """The blocks that the library computes, and their forwards; why not other blocks, or the half of a block."""
     ways, halves, reasons = dict[str, list[Wiring]](), dict[str, str](), dict[str, str]()
+    if model.dtype not in _SAME:
+        return {}, reasons
     for name in blocks.find_blocks(model):
         module = model.get_submodule(name)
         try:

@@ -29,7 +29,8 @@ class CpuPath:
     name: the fastest of `whole blocks`, `products`, `reference` and `unpacked` that at least one block takes. blocks:
     their number; of `whole` the library computes everything, of `half` attention and what is before it. reasons: why
     not the whole block: the names of blocks by the reason. products: the number of packed weights by kernel. slower:
-    why weights are not multiplied by the CPU library: their number by the reason.
+    why weights are not multiplied by the CPU library: their number by the reason. unquantized: the number of weights in
+    16 bits that the CPU library multiplies for a few tokens.
     """
 
     name: str
@@ -39,6 +40,7 @@ class CpuPath:
     reasons: dict[str, list[str]]
     products: dict[str, int]
     slower: dict[str, int]
+    unquantized: int = 0
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -50,6 +52,7 @@ class CpuPath:
             found += [("whole blocks", f"{self.whole} of {self.blocks}{half}"), ("packed weights", kernels)]
             found += [("not whole", f"{_short(names)}: {reason}") for reason, names in self.reasons.items()]
             found += [("not by cpu", f"{count} weights: {reason}") for reason, count in self.slower.items()]
+            found += [("16-bit weights", f"{self.unquantized} by the CPU library")] if self.unquantized else []
         return found
 
 
@@ -70,7 +73,8 @@ def cpu_path(model: Any) -> CpuPath:
     reasons: dict[str, list[str]] = {}
     for block, reason in why.items():
         reasons.setdefault(reason, []).append(block)
-    return CpuPath(name, blocks, len(whole), len(half), reasons, kernels, slower)
+    unquantized = len(compiled_blocks.unquantized(model))
+    return CpuPath(name, blocks, len(whole), len(half), reasons, kernels, slower, unquantized)
 
 
 def _count(model: Any) -> int:

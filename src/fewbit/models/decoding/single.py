@@ -117,9 +117,10 @@ class _Parts:
     def __init__(self, model: Any, blocks: list[Replacement], cache: Any, length: int) -> None:
         (self.allocator,) = cache.cache_allocators.values()
         self.blocks, self.known = blocks, 0
-        self._outside, self._head = Outside(model, blocks), model.get_output_embeddings()
-        if self._head is None:
+        self._outside, head = Outside(model, blocks), model.get_output_embeddings()
+        if head is None:
             raise KernelError("its parts are others")
+        self._head = compiled_blocks.unquantized(model).get(head, head)
         views = [self.allocator._kv_token_views[each.layer] for each in blocks]
         room = length + self.allocator.tokens_per_page
         self._chain = PagedChain([each.block for each in blocks], views, self._outside.angles, room)
