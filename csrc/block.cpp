@@ -62,7 +62,7 @@ struct Products {
 
 int check(const fewbit_block* b, const fewbit_call* c) {
   if (!b || !c || !c->x || !c->y || !c->keys || !c->values) return FEWBIT_SHORT;
-  if (b->type != FEWBIT_FLOAT32 && b->type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
+  if (!is_type(b->type)) return FEWBIT_UNKNOWN;
   const int64_t heads = b->heads, shared = b->shared, head = b->head;
   if (heads < 1 || shared < 1 || heads % shared || head < 1 || b->width < 1 || b->inner < 0) return FEWBIT_SHAPE;
   if (b->rotated < 0 || b->rotated > head || b->rotated % 2 || (b->rotated && !(c->cosine && c->sine))) return FEWBIT_SHAPE;
@@ -97,8 +97,7 @@ int check(const fewbit_block* b, const fewbit_call* c) {
 class Block {
  public:
   Block(const fewbit_block& block, const fewbit_call& call, int threads)
-      : b(block), c(call), with(fewbit::in_use()), threads(threads), m(call.batch * call.tokens),
-        narrow(block.type == FEWBIT_BFLOAT16) {}
+      : b(block), c(call), with(fewbit::in_use()), threads(threads), m(call.batch * call.tokens) {}
 
   int run() {
     const int64_t width = b.width, inside = b.heads * b.head, all = (b.heads + 2 * b.shared) * b.head;
@@ -109,7 +108,7 @@ class Block {
     if (!h) return FEWBIT_MEMORY;
     float *n = h + m * width, *side = n + m * width, *first = side + m * width, *joined = first + m * most;
     scores = joined + m * second;
-    narrow ? widen(static_cast<const uint16_t*>(c.x), h, m * width) : void(memcpy(h, c.x, size_t(m * width) * 4));
+    with.read(c.x, b.type, m * width, h);
 
     Products qkv{b.products[0], b.counts[0], first, m}, output{b.products[1], 1, n, m};
     Products gated{b.products[2], b.counts[2], first, m}, down{b.products[3], 1, n, m};
@@ -139,7 +138,7 @@ class Block {
       if (const int wrong = down.compute(joined, b.inner, threads)) return wrong;
       add(h, n, 3);
     }
-    narrow ? narrowed(h, static_cast<uint16_t*>(c.y), m * width) : void(memcpy(c.y, h, size_t(m * width) * 4));
+    with.write(h, b.type, m * width, c.y);
     return FEWBIT_OK;
   }
 
@@ -149,7 +148,6 @@ class Block {
   const Isa& with;
   const int threads;
   const int64_t m;
-  const bool narrow;
   float* scores = nullptr;
 
   template <class Fn> void by_rows(int64_t numbers, Fn&& task) const {
@@ -205,13 +203,10 @@ class Block {
     }
   }
   void put(void* cache, int64_t to, const float* from) const {
-    if (narrow)
-      narrowed(from, static_cast<uint16_t*>(cache) + to, b.head);
-    else
-      memcpy(static_cast<float*>(cache) + to, from, size_t(b.head) * 4);
+    with.write(from, b.type, b.head, static_cast<char*>(cache) + to * size_of(b.type));
   }
   void attend(const Piece& q, float* out, int64_t scratch) const {
-    const int64_t group = b.heads / b.shared, size = narrow ? 2 : 4, units = m * b.shared;
+    const int64_t group = b.heads / b.shared, size = size_of(b.type), units = m * b.shared;
     std::atomic<int> next{0};
     share(units, 1 + EACH / (2 * scratch * b.head), threads, [&](int64_t begin, int64_t end) {
       float* own = scores + scratch * next.fetch_add(1);
@@ -227,7 +222,7 @@ class Block {
                                       pages ? pages->count[i] : c.filled + seen,
                                       b.head,
                                       group,
-                                      narrow,
+                                      b.type,
                                       b.scale,
                                       b.cap,
                                       c.allowed ? c.allowed + mask : nullptr,

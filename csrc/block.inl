@@ -24,6 +24,14 @@ inline __attribute__((always_inline)) F8 load8(const uint16_t* p) {  // bfloat16
   memcpy(&v, &bits, sizeof v);
   return v;
 }
+struct Half {  // float16
+  uint16_t bits;
+};
+inline __attribute__((always_inline)) F8 load8(const Half* p) {
+  float v[8];
+  Vec::halfs8((const uint8_t*)p, v);
+  return load8(v);
+}
 inline __attribute__((always_inline)) void store8(float* p, F8 v) { memcpy(p, &v, sizeof v); }
 inline __attribute__((always_inline)) float load1(const float* p) { return *p; }
 inline __attribute__((always_inline)) float load1(const uint16_t* p) {
@@ -32,6 +40,7 @@ inline __attribute__((always_inline)) float load1(const uint16_t* p) {
   memcpy(&v, &bits, sizeof v);
   return v;
 }
+inline __attribute__((always_inline)) float load1(const Half* p) { return Vec::half((const uint8_t*)p); }
 inline __attribute__((always_inline)) float sum8(F8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
@@ -192,7 +201,9 @@ template <class T> void attend(const fewbit::Attention& given, const float* q, f
 }
 
 void attend_of(const fewbit::Attention& given, const float* q, float* out, float* scores) {
-  given.narrow ? attend<uint16_t>(given, q, out, scores) : attend<float>(given, q, out, scores);
+  if (given.type == FEWBIT_FLOAT32) attend<float>(given, q, out, scores);
+  else if (given.type == FEWBIT_BFLOAT16) attend<uint16_t>(given, q, out, scores);
+  else attend<Half>(given, q, out, scores);
 }
 
 }  // namespace

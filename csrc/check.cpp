@@ -160,6 +160,39 @@ std::vector<Weight> weights() {
   return all;
 }
 
+// Numbers of a type as bytes, rounded towards 0, and back.
+std::vector<uint8_t> packed(const std::vector<float>& x, int type) {
+  std::vector<uint8_t> made(x.size() * 4);
+  for (size_t i = 0; i < x.size(); i++) {
+    const float value = type == FEWBIT_FLOAT16 ? x[i] * 0x1p-112f : x[i];
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (type == FEWBIT_FLOAT16) bits = (bits & 0x80000000u) | (bits & 0x7fffffffu) << 3;
+    if (type == FEWBIT_FLOAT32) memcpy(&made[4 * i], &bits, 4);
+    else memcpy(&made[2 * i], reinterpret_cast<const char*>(&bits) + 2, 2);
+  }
+  return made;
+}
+std::vector<float> unpacked(const std::vector<uint8_t>& bytes, int type) {
+  std::vector<float> made(bytes.size() / 4);
+  for (size_t i = 0; i < made.size(); i++) {
+    uint32_t bits = 0;
+    if (type == FEWBIT_FLOAT32) memcpy(&bits, &bytes[4 * i], 4);
+    else memcpy(reinterpret_cast<char*>(&bits) + 2, &bytes[2 * i], 2);
+    if (type == FEWBIT_FLOAT16) bits = (bits & 0x80000000u) | (bits & 0x7fffffffu) >> 3;
+    memcpy(&made[i], &bits, 4);
+    if (type == FEWBIT_FLOAT16) made[i] *= 0x1p112f;
+  }
+  return made;
+}
+double apart(const std::vector<float>& a, const std::vector<float>& b) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); i++) error += pow(double(a[i]) - b[i], 2), norm += pow(b[i], 2);
+  return norm > 0 ? sqrt(error / norm) : 1;
+}
+
+constexpr double EQUAL[3] = {TOLERANCE, 1e-2, 2e-3};  // for sums that are rounded to each type
+
 // An empty text if this instruction set multiplies as plain C++ does, else what is wrong.
 const char* wrong(const fewbit_weight& w, const char* isa) {
   std::vector<float> x(size_t(M * w.k)), y(M * N), plain(M * N), one(N);
@@ -171,9 +204,15 @@ const char* wrong(const fewbit_weight& w, const char* isa) {
     if (fewbit_linear(&w, x.data() + i * w.k, 1, one.data(), FEWBIT_FLOAT32, 1)) return "refused";
     if (memcmp(one.data(), y.data() + i * N, sizeof(float) * N)) return "a row alone has another result";
   }
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < y.size(); i++) error += pow(double(y[i]) - plain[i], 2), norm += pow(plain[i], 2);
-  return norm > 0 && error <= TOLERANCE * TOLERANCE * norm ? "" : "the product is not that of plain C++";
+  if (!(apart(y, plain) <= TOLERANCE)) return "the product is not that of plain C++";
+  for (int type : {FEWBIT_BFLOAT16, FEWBIT_FLOAT16}) {
+    const std::vector<uint8_t> narrow = packed(x, type);
+    std::vector<uint8_t> a(y.size() * 4), b(y.size() * 4);
+    if (fewbit_force("scalar") || fewbit_linear(&w, narrow.data(), M, a.data(), type, 1)) return "refused";
+    if (fewbit_force(isa) || fewbit_linear(&w, narrow.data(), M, b.data(), type, 2)) return "refused";
+    if (!(apart(unpacked(b, type), unpacked(a, type)) <= EQUAL[type])) return "other products in 16 bits than plain C++";
+  }
+  return "";
 }
 
 std::vector<float> normal(int64_t count) {
@@ -183,12 +222,12 @@ std::vector<float> normal(int64_t count) {
   return made;
 }
 
-// A block whose options are the bits of `which`, and the results of one call of it: y, keys and values.
+// A block of a type whose options are the bits of `which`, and the results of one call of it: y, keys and values.
 struct Result {
   int status;
   std::vector<float> y, keys, values;
 };
-Result block(unsigned which, int64_t tokens, const char* isa, int threads) {
+Result block(unsigned which, int type, int64_t tokens, const char* isa, int threads) {
   numbers.seed(which);
   const auto option = [&](int bit) { return int(which >> bit & 1); };
   const int64_t head = 20, shared = 2, heads = 8, width = 64, inner = 96, filled = 9, length = filled + tokens + 3;
@@ -207,7 +246,7 @@ Result block(unsigned which, int64_t tokens, const char* isa, int threads) {
     return fewbit_rows{&held.back().w, option(2) ? floats_of(n) : nullptr, nullptr};
   };
   fewbit_block b{};
-  b.plain = plain, b.mixed = mixed, b.parallel = option(3), b.late = option(4);
+  b.type = type, b.plain = plain, b.mixed = mixed, b.parallel = option(3), b.late = option(4);
   b.whole = !mixed && option(5), b.activation = int(which % 6), b.pairs = int(which % 3);
   b.width = width, b.inner = inner, b.heads = heads, b.shared = shared, b.head = head;
   b.rotated = option(6) ? 12 : head, b.scale = 0.2f, b.cap = option(7) ? 5.0f : 0.0f, b.residual = 0.7f;
@@ -226,19 +265,15 @@ Result block(unsigned which, int64_t tokens, const char* isa, int threads) {
   if (!b.together) b.products[2][0] = rows(inner, width), b.counts[2] = plain ? 1 : 2;
   if (!b.together && !plain) b.products[2][1] = rows(inner, width);
   b.products[3][0] = rows(width, inner), b.counts[3] = 1;
-  const std::vector<float> x = normal(tokens * width), turned = normal(tokens * b.rotated);
-  Result made{0, std::vector<float>(size_t(tokens * width)), normal(shared * length * head), normal(shared * length * head)};
+  const std::vector<float> turned = normal(tokens * b.rotated);
+  const std::vector<uint8_t> x = packed(normal(tokens * width), type);
+  std::vector<uint8_t> y(x.size()), keys = packed(normal(shared * length * head), type);
+  std::vector<uint8_t> values = packed(normal(shared * length * head), type);
   fewbit_call c{};
-  c.x = x.data(), c.y = made.y.data(), c.batch = 1, c.tokens = tokens, c.filled = filled, c.length = length;
-  c.cosine = c.sine = turned.data(), c.keys = made.keys.data(), c.values = made.values.data();
-  made.status = fewbit_force(isa) || fewbit_decode_block(&b, &c, threads);
-  return made;
-}
-
-double apart(const std::vector<float>& a, const std::vector<float>& b) {
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < a.size(); i++) error += pow(double(a[i]) - b[i], 2), norm += pow(b[i], 2);
-  return norm > 0 ? sqrt(error / norm) : 1;
+  c.x = x.data(), c.y = y.data(), c.batch = 1, c.tokens = tokens, c.filled = filled, c.length = length;
+  c.cosine = c.sine = turned.data(), c.keys = keys.data(), c.values = values.data();
+  const int status = fewbit_force(isa) || fewbit_decode_block(&b, &c, threads);
+  return {status, unpacked(y, type), unpacked(keys, type), unpacked(values, type)};
 }
 
 // Blocks whose results are not those of plain C++, or depend on the number of threads.
@@ -247,16 +282,17 @@ int wrong_blocks(const char* isa, unsigned count) {
   for (unsigned which = 0; which < count; which++) {
     const unsigned options = which * 2654435761u >> 20;
     const int64_t tokens = which % 2 ? 1 : 3;
-    const Result plain = block(options, tokens, "scalar", 1), one = block(options, tokens, isa, 1);
-    const Result more = block(options, tokens, isa, 3);
+    const int type = int(which % 3);
+    const Result plain = block(options, type, tokens, "scalar", 1), one = block(options, type, tokens, isa, 1);
+    const Result more = block(options, type, tokens, isa, 3);
     const char* what = plain.status || one.status || more.status                      ? "refused"
                        : one.y != more.y || one.keys != more.keys                     ? "threads change the result"
-                       : apart(one.keys, plain.keys) > TOLERANCE                      ? "other keys than plain C++"
-                       : apart(one.values, plain.values) > TOLERANCE                  ? "other values than plain C++"
+                       : apart(one.keys, plain.keys) > EQUAL[type]                    ? "other keys than plain C++"
+                       : apart(one.values, plain.values) > EQUAL[type]                ? "other values than plain C++"
                        : !(apart(one.y, plain.y) <= ROUNDED_AGAIN)                    ? "not the result of plain C++"
                                                                                       : "";
     if (!*what) continue;
-    printf("%s: block with options %u, %d tokens: %s\n", isa, options, int(tokens), what);
+    printf("%s: block with options %u, type %d, %d tokens: %s\n", isa, options, type, int(tokens), what);
     mistakes++;
   }
   return mistakes;

@@ -243,15 +243,15 @@ struct Scratch {
   }
 };
 
-// Rounds the rows of x, of type float32 or (narrow) bfloat16, each to `out + i * bytes`. `held`: scratch of each thread.
-void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool narrow, int64_t m, char* out, int64_t bytes,
+// Rounds the rows of x, of this type, each to `out + i * bytes`. `held`: scratch of each thread.
+void round_rows(const Isa& with, const fewbit_weight& w, const void* x, int type, int64_t m, char* out, int64_t bytes,
                 const Scratch& scratch, char* held, int threads) {
   std::atomic<int> next{0};
   share(m, 1 + (1 << 15) / w.k, threads, [&](int64_t begin, int64_t end) {
     const Scratch own = scratch.of(held, next.fetch_add(1));
     for (int64_t i = begin; i < end; i++) {
       const float* row = static_cast<const float*>(x) + i * w.k;
-      if (narrow) widen(static_cast<const uint16_t*>(x) + i * w.k, own.row, w.k), row = own.row;
+      if (type != FEWBIT_FLOAT32) with.read(static_cast<const uint16_t*>(x) + i * w.k, type, w.k, own.row), row = own.row;
       with.round(w, row, own.codes, own.scales, out + i * bytes);
     }
   });
@@ -261,7 +261,7 @@ void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool nar
 
 extern "C" {
 
-int fewbit_abi(void) { return 13; }
+int fewbit_abi(void) { return 14; }
 
 const char* fewbit_isa(void) { return fewbit::in_use().name; }
 
@@ -281,10 +281,10 @@ int64_t fewbit_columns(const fewbit_weight* w) {
 
 int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads) {
   if (const int wrong = check(w)) return wrong;
-  if (type != FEWBIT_FLOAT32 && type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
+  if (!is_type(type)) return FEWBIT_UNKNOWN;
   if (m <= 0 || w->n == 0) return FEWBIT_OK;
   const Isa& with = fewbit::in_use();
-  const bool narrow = type == FEWBIT_BFLOAT16;
+  const bool narrow = type != FEWBIT_FLOAT32;
   const int64_t n = w->n, most = m < ROUNDED ? m : ROUNDED, row = with.rounded_bytes(*w), all = (row * most + 63) / 64 * 64;
   const Scratch scratch(w->k, with.columns(*w), narrow);
   const int64_t shares = threads < 1 ? 1 : threads;
@@ -294,19 +294,22 @@ int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int
   const int64_t least = 1 + (1 << 16) / w->k;
   for (int64_t first = 0; first < m; first += most) {
     const int64_t rows = m - first < most ? m - first : most;
-    const char* from = static_cast<const char*>(x) + first * w->k * (narrow ? 2 : 4);
-    char* to = static_cast<char*>(y) + first * n * (narrow ? 2 : 4);
+    const char* from = static_cast<const char*>(x) + first * w->k * size_of(type);
+    char* to = static_cast<char*>(y) + first * n * size_of(type);
     float* sums = reinterpret_cast<float*>(narrow ? held + all + scratch.bytes * shares : to);
-    round_rows(with, *w, from, narrow, rows, held, row, scratch, held + all, threads);
-    share(n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, rows, sums, begin, end); });
-    if (narrow) narrowed(sums, reinterpret_cast<uint16_t*>(to), rows * n);
+    round_rows(with, *w, from, type, rows, held, row, scratch, held + all, threads);
+    share(n, least, threads, [&](int64_t begin, int64_t end) {
+      with.linear(*w, held, rows, sums, begin, end);
+      for (int64_t i = 0; narrow && i < rows; i++)
+        with.write(sums + i * n + begin, type, end - begin, to + (i * n + begin) * size_of(type));
+    });
   }
   return FEWBIT_OK;
 }
 
 int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, const int64_t* end, const void* x,
                    int64_t m, void* y, int type, int threads) {
-  if (type != FEWBIT_FLOAT32 && type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
+  if (!is_type(type)) return FEWBIT_UNKNOWN;
   if (m <= 0 || count <= 0) return FEWBIT_OK;
   if (!w || !begin || !end) return FEWBIT_SHORT;
   int64_t rows = 0, units = 0;  // rows of x that have a weight; what all threads have to do
@@ -323,7 +326,7 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
   }
   if (!rows || w->n == 0) return FEWBIT_OK;
   const Isa& with = fewbit::in_use();
-  const bool narrow = type == FEWBIT_BFLOAT16;
+  const bool narrow = type != FEWBIT_FLOAT32;
   const int64_t n = w->n, k = w->k;
   const int64_t row = with.rounded_bytes(*w), all = (row * m + 63) / 64 * 64;
   const Scratch scratch(k, with.columns(*w), narrow);
@@ -331,7 +334,7 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
   char* held = memory.take(size_t(all + scratch.bytes * shares + (narrow ? 4 * m * n : 0)));
   if (!held) return FEWBIT_MEMORY;
   float* sums = narrow ? reinterpret_cast<float*>(held + all + scratch.bytes * shares) : static_cast<float*>(y);
-  round_rows(with, *w, x, narrow, m, held, row, scratch, held + all, threads);
+  round_rows(with, *w, x, type, m, held, row, scratch, held + all, threads);
   // Threads get equal shares of the units, and each starts where the one before it ends, inside of a weight or not.
   share(units, 2 * (1 + (1 << 16) / k), threads, [&](int64_t from, int64_t to) {
     int64_t base = 0;
@@ -346,7 +349,7 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
   });
   if (narrow)
     for (int64_t e = 0; e < count; e++)
-      narrowed(sums + begin[e] * n, static_cast<uint16_t*>(y) + begin[e] * n, (end[e] - begin[e]) * n);
+      with.write(sums + begin[e] * n, type, (end[e] - begin[e]) * n, static_cast<uint16_t*>(y) + begin[e] * n);
   return FEWBIT_OK;
 }
 

@@ -62,12 +62,12 @@ struct fewbit_weight {
 enum fewbit_status { FEWBIT_OK = 0, FEWBIT_UNKNOWN = 1, FEWBIT_SHAPE = 2, FEWBIT_SHORT = 3, FEWBIT_MEMORY = 4 };
 
 // Types of activations. The numbers are part of the ABI.
-enum fewbit_type { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1 };
+enum fewbit_type { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1, FEWBIT_FLOAT16 = 2 };
 
 // A weight w [n, k], FP8 codes [n, k], and one scale for each block of `rows` x `columns`; the last blocks may be smaller.
 // `top`: the largest magnitude of each block. `lost`: three sums for each band of `rows` rows.
 struct fewbit_fp8 {
-  int32_t type;  // of w
+  int32_t type;  // of w: float32 or bfloat16
   int64_t n, k, rows, columns;
   const void* w;
   uint8_t* codes;

@@ -268,4 +268,43 @@ template <bool brain> struct Halves {
   }
 };
 
+void read_of(const void* from, int type, int64_t n, float* out) {
+  if (type == FEWBIT_FLOAT32) return void(memcpy(out, from, size_t(n) * 4));
+  const uint16_t* p = (const uint16_t*)from;
+  const auto sixteen = [&](const uint16_t* q) INLINE_LAMBDA {
+    return type == FEWBIT_BFLOAT16 ? Vec::bfloat((const uint8_t*)q) : Vec::halfs((const uint8_t*)q);
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) Vec::storef(out + i, sixteen(p + i));
+  if (i == n) return;
+  uint16_t rest[16] = {};
+  float wide[16];
+  memcpy(rest, p + i, size_t(n - i) * 2);
+  Vec::storef(wide, sixteen(rest));
+  memcpy(out + i, wide, size_t(n - i) * 4);
+}
+
+// bfloat16 is the upper half of float32. NaN stays NaN.
+inline void to_bfloats(const float* x, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    to[i] = uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+}
+void write_of(const float* x, int type, int64_t n, void* to) {
+  if (type == FEWBIT_FLOAT32) return void(memcpy(to, x, size_t(n) * 4));
+  if (type == FEWBIT_BFLOAT16) return to_bfloats(x, n, (uint16_t*)to);
+  uint8_t* p = (uint8_t*)to;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) Vec::to_halfs(Vec::loadf(x + i), p + 2 * i);
+  if (i == n) return;
+  float wide[16] = {};
+  uint8_t rest[32];
+  memcpy(wide, x + i, size_t(n - i) * 4);
+  Vec::to_halfs(Vec::loadf(wide), rest);
+  memcpy(p + 2 * i, rest, size_t(n - i) * 2);
+}
+
 }  // namespace

@@ -10,7 +10,7 @@ struct Attention {
   const void *keys, *values;  // of the first token; the next one is `step` numbers further
   const int64_t* slots;     // where each token is, in steps [length]; null: one after the other
   int64_t step, length, head, group;
-  bool narrow;  // keys and values are bfloat16, else float32
+  int type;  // of keys and values: of `fewbit_type`
   float scale, cap;
   const uint8_t* allowed;  // [length], 0 hides a key; null: all are allowed
   const float* added;      // [length], added to the scores; null: nothing
@@ -32,6 +32,9 @@ struct Isa {
   // `top` and `codes`, or `lost`, of the bands [begin, end).
   void (*fp8_codes)(const fewbit_fp8&, int64_t begin, int64_t end);
   void (*fp8_lost)(const fewbit_fp8&, int64_t begin, int64_t end);
+  // Reads n numbers of a type of `fewbit_type`, and writes such numbers, rounded to nearest, ties to even.
+  void (*read)(const void* from, int type, int64_t n, float* out);
+  void (*write)(const float* x, int type, int64_t n, void* to);
   // out [k] = norm(x). x and out may be the same.
   void (*norm)(const float* x, int64_t k, const fewbit_norm&, float* out);
   // out [n] = activation(a) · b, or activation(a) if b is null; `kind` is of `fewbit_activation`. out may be a.

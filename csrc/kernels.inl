@@ -348,5 +348,5 @@ void arrange_of(const fewbit_weight& w, const float* x, float* out) {
 #define FEWBIT_ISA(symbol, text) \
   namespace fewbit { \
   const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of, \
-                      fp8_codes_of, fp8_lost_of, norm_of, gate_of, rotate_of, attend_of, vectors_of}; \
+                      fp8_codes_of, fp8_lost_of, read_of, write_of, norm_of, gate_of, rotate_of, attend_of, vectors_of}; \
   }

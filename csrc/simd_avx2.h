@@ -231,6 +231,11 @@ struct Vec {
     return {halves_of(x), halves_of(_mm_srli_si128(x, 8))};
   }
   static F halfs(const uint8_t* p) { return {_mm256_cvtph_ps(part16(p)), _mm256_cvtph_ps(part16(p + 16))}; }
+  static void halfs8(const uint8_t* p, float* out) { _mm256_storeu_ps(out, _mm256_cvtph_ps(part16(p))); }
+  static void to_halfs(F f, uint8_t* p) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(f.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i*)(p + 16), _mm256_cvtps_ph(f.hi, _MM_FROUND_TO_NEAREST_INT));
+  }
   static __m256 bfloat8(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
   static F bfloat(const uint8_t* p) { return {bfloat8(part16(p)), bfloat8(part16(p + 16))}; }
   static void fp8s(const uint8_t* p, F* out) {  // 64 numbers

@@ -197,6 +197,10 @@ struct Vec {
     return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
   }
   static F halfs(const uint8_t* p) { return _mm512_cvtph_ps(part32(p)); }
+  static void halfs8(const uint8_t* p, float* out) { _mm256_storeu_ps(out, _mm256_cvtph_ps(part16(p))); }
+  static void to_halfs(F f, uint8_t* p) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static F bfloat(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part32(p)), 16));
   }

@@ -217,6 +217,12 @@ struct Vec {
     for (int i = 0; i < 4; i++) f.x[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)));
     return f;
   }
+  static void halfs8(const uint8_t* p, float* out) {
+    for (int i = 0; i < 2; i++) vst1q_f32(out + 4 * i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i))));
+  }
+  static void to_halfs(F f, uint8_t* p) {
+    for (int i = 0; i < 4; i++) vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(f.x[i])));
+  }
   static F bfloat(const uint8_t* p) {
     F f;
     for (int i = 0; i < 4; i++)

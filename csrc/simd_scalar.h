@@ -221,6 +221,27 @@ struct Vec {
   }
   // Sixteen numbers in float16 or bfloat16.
   static F halfs(const uint8_t* p) { return halfs(p, 16); }
+  static void halfs8(const uint8_t* p, float* out) { for (int i = 0; i < 8; i++) out[i] = half(p + 2 * i); }
+  static uint16_t to_half(float f) {  // rounds to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return uint16_t(sign | 0x7e00 | (size >> 13 & 0x3ff));  // NaN
+    if (size >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 or more
+    if (size < 0x38800000) {  // less than 2^-14: a float near 1/2 is a multiple of 2^-24
+      memcpy(&f, &size, 4);
+      f += 0.5f;
+      memcpy(&bits, &f, 4);
+      return uint16_t(sign | (bits - 0x3f000000));
+    }
+    return uint16_t(sign | (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13);
+  }
+  static void to_halfs(F f, uint8_t* p) {  // sixteen numbers
+    for (int i = 0; i < 16; i++) {
+      const uint16_t h = to_half(f.x[i]);
+      memcpy(p + 2 * i, &h, 2);
+    }
+  }
   static F bfloat(const uint8_t* p) {
     F f;
     for (int i = 0; i < 16; i++) {

@@ -1,8 +1,9 @@
-// What the entry points share: equal shares for threads, conversion of bfloat16, reused memory.
+// What the entry points share: equal shares for threads, types of activations, reused memory.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
 
+#include "fewbit.h"
 #include "threads.h"
 
 namespace {
@@ -23,23 +24,8 @@ template <class Task> void share(int64_t count, int64_t least, int threads, Task
       &context);
 }
 
-// bfloat16 is the upper half of float32.
-void widen(const uint16_t* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = uint32_t(from[i]) << 16;
-    memcpy(to + i, &bits, 4);
-  }
-}
-
-// Rounds to nearest, ties to even. NaN stays NaN.
-void narrowed(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, from + i, 4);
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    to[i] = uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  }
-}
+inline bool is_type(int type) { return type == FEWBIT_FLOAT32 || type == FEWBIT_BFLOAT16 || type == FEWBIT_FLOAT16; }
+inline int64_t size_of(int type) { return type == FEWBIT_FLOAT32 ? 4 : 2; }
 
 // 64-byte aligned memory that a thread reuses between calls.
 struct Memory {

@@ -28,19 +28,21 @@ ACTIVATIONS: dict[int, Any] = {
 
 @dataclass
 class Case:
-    """A block and one call of it."""
+    """A block and one call of it. dtype: of the activations, which x, keys and values fit; they are float32 here."""
 
     wiring: Wiring
     x: Tensor
     cached: Cached
     angles: tuple[Tensor, Tensor] | None
     mask: Tensor | None
+    dtype: torch.dtype = torch.float32
 
     def found(self) -> tuple[Tensor, ...]:
         """The library's output, and the cache after it."""
-        keys, values = self.cached.keys.clone(), self.cached.values.clone()
+        keys, values = (each.to(self.dtype, copy=True) for each in (self.cached.keys, self.cached.values))
         cached = Cached(keys, values, self.cached.first, self.cached.end)
-        return Block(self.wiring, torch.float32)(self.x, cached, self.angles, self.mask), keys, values
+        y = Block(self.wiring, self.dtype)(self.x.to(self.dtype), cached, self.angles, self.mask)
+        return y.float(), keys.float(), values.float()
 
     def expected(self) -> tuple[Tensor, ...]:
         w, x = self.wiring, self.x
@@ -123,7 +125,7 @@ def _split(w: Wiring, y: Tensor) -> list[Tensor]:
     return [groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]]
 
 
-def drawn(seed: int) -> Case:
+def drawn(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     """A random block and call, of sizes that are no multiples of a vector's."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +177,7 @@ def drawn(seed: int) -> Case:
     batch, tokens = draw.choice((1, 1, 3)), draw.choice((1, 1, 2, 5))
     first, known, spare = draw.choice((0, 3)), draw.choice((0, 1, 9, 33)), draw.choice((0, 4))
     end = first + known
-    keys, values = (normal(batch, shared, end + tokens + spare, head) for _ in range(2))
+    keys, values = (normal(batch, shared, end + tokens + spare, head).to(dtype).float() for _ in range(2))
     turned = normal(draw.choice((1, batch)), tokens, rotated)
     mask = None
     if maybe():
@@ -183,7 +185,8 @@ def drawn(seed: int) -> Case:
         allowed[..., -1] = True
         mask = allowed if maybe() else torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     angles = (turned.cos(), turned.sin()) if rotated else None
-    return Case(wiring, normal(batch, tokens, width), Cached(keys, values, first, end), angles, mask)
+    x = normal(batch, tokens, width).to(dtype).float()
+    return Case(wiring, x, Cached(keys, values, first, end), angles, mask, dtype)
 
 
 def distance(case: Case) -> float:

@@ -21,6 +21,7 @@ from fewbit.schemes.stacked import concatenated
 from fewbit.system import native
 
 ROOT = Path(__file__).resolve().parents[1]
+HALVES = (torch.float16, torch.bfloat16)
 SPECS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
     *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0", "tq2_0", "q1_0", "q2_0"),
@@ -56,7 +57,7 @@ def rounded(isa: str) -> None:
 
 def unquantized(isa: str) -> None:
     """Products with a weight in 16 bits, from a buffer without a byte to spare."""
-    n, k, dtype = random.randint(1, 70), random.randint(1, 300), random.choice((torch.float16, torch.bfloat16))
+    n, k, dtype = random.randint(1, 70), random.randint(1, 300), random.choice(HALVES)
     weight, x = torch.randn(n, k).to(dtype), torch.randn(random.randint(1, 12), k)
     exact = x.double() @ weight.double().T
     if (distance := float((product(x, weight) - exact).norm() / exact.norm())) > 1e-5:
@@ -98,9 +99,9 @@ def main() -> None:
         rounded(isa)
         encoded(isa)
         unquantized(isa)
-        seed = random.randrange(1 << 30)
-        if (off := block_cases.distance(block_cases.drawn(seed))) > 2e-2:
-            raise SystemExit(f"block of seed {seed}, {isa}: off by {off:.1e}")
+        seed, dtype = random.randrange(1 << 30), random.choice((torch.float32, *HALVES))
+        if (off := block_cases.distance(block_cases.drawn(seed, dtype))) > 2e-2:
+            raise SystemExit(f"block of seed {seed} in {dtype}, {isa}: off by {off:.1e}")
         n, k = (
             random.choice((random.randint(1, 70), random.randint(71, 300))),
             random.choice((1, 31, 32, 37, 96, 128, 160, 256, 384, 576, 768, 1024)),
@@ -118,10 +119,10 @@ def main() -> None:
             distance = float((y - exact).norm() / exact.norm().clamp(min=1e-20))
             if not distance <= 1e-5:
                 raise SystemExit(f"{scheme} {n} x {k}, {len(x)} rows, {isa}: off by {distance:.1e}")
-            held, narrow = kernel.prepare(scheme, parts, (n, k)), x[:8].bfloat16()
+            held, narrow = kernel.prepare(scheme, parts, (n, k)), x[:8].to(random.choice(HALVES))
             y, wide = (kernel.linear(rows, scheme, held, (n, k)) for rows in (narrow, narrow.float()))
-            if not torch.equal(y, wide.bfloat16()):
-                raise SystemExit(f"{scheme} {n} x {k}, {len(narrow)} rows in bfloat16, {isa}: not float32's, rounded")
+            if not torch.equal(y, wide.to(y.dtype)):
+                raise SystemExit(f"{scheme} {n} x {k}, {len(narrow)} rows of {y.dtype}, {isa}: not float32's, rounded")
             grouped(kernel, scheme, (n, k), isa)
             tried += 1
     print(f"{tried} products and {options.cases} blocks on {', '.join(sets)}: all agree")

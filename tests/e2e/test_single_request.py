@@ -101,7 +101,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_text_is_the_same(dtype: torch.dtype, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unquantized, "_LEAST", 1)  # the library multiplies by the head, too
     with engine(fewbit.load(tiny, dtype=dtype, device="cpu")) as made:

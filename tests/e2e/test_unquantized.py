@@ -67,6 +67,17 @@ def test_a_head_gives_the_logits_of_its_own_code(llama: Path, dtype: torch.dtype
     assert "forward" not in vars(model.lm_head)
 
 
+def test_the_blocks_of_a_model_in_float16_are_computed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fb.load(llama, dtype=torch.float16)
+    found = decoded(model)
+    assert len(compiled_blocks.computed(model)) == 2
+    compiled_blocks.remove(model)
+    own = decoded(model)
+    monkeypatch.setenv("FEWBIT_ACTIVATIONS", "exact")
+    exact = decoded(fb.load(llama, dtype=torch.float32))
+    assert apart(found, exact) <= 1.2 * apart(own, exact) <= 6e-2
+
+
 def test_a_bias_is_added_before_the_sum_is_rounded() -> None:
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(96, 40).bfloat16().requires_grad_(False)

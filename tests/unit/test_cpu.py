@@ -141,20 +141,45 @@ def test_what_is_not_finite_stays_so(library: ctypes.CDLL) -> None:
     assert not bool(y[1:].isfinite().any())
 
 
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@HALVES
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4-b64"])
-def test_bfloat16_is_read_exactly_and_written_to_the_nearest(library: ctypes.CDLL, spec: str) -> None:
+def test_16_bits_are_read_exactly_and_written_to_the_nearest(
+    library: ctypes.CDLL, spec: str, dtype: torch.dtype
+) -> None:
     weight, kernel = weight_of(spec, 400), kernel_of("cpu")
     prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
-    x = x_of(5, weight.shape[1]).bfloat16()
+    x = x_of(5, weight.shape[1]).to(dtype)
     x[1, 3], x[2, 4], x[3] = torch.nan, torch.inf, 0
     got = kernel.linear(x, weight.codec, prepared, weight.shape)
     exact = kernel.linear(x.float(), weight.codec, prepared, weight.shape)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
-    assert not torch.equal(got[0].view(torch.int16), (exact[0].view(torch.int32) >> 16).short())  # not cut off
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, exact.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@HALVES
+def test_every_number_in_16_bits_is_read(instructions: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).short().view(dtype)
+    every = every.where(every.isfinite(), 0).view(-1, 64)
+    same = torch.cat([product(rows, torch.eye(64, dtype=dtype)) for rows in every.split(8)])
+    assert torch.equal(same, every)
+    assert torch.equal(product(torch.eye(64), every), every.float().T)
+
+
+@HALVES
+@pytest.mark.parametrize("n", [4000, 4013])
+def test_sums_in_16_bits_are_rounded_to_the_nearest(instructions: str, dtype: torch.dtype, n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = 10.0 ** (torch.rand(n, 1, generator=generator) * 14 - 9)  # some sums overflow float16, some underflow
+    weight, x = (ordinary(n, 64) * scales).to(dtype), x_of(4, 64).to(dtype)
+    exact, got = product(x.float(), weight).to(dtype), product(x, weight)
+    assert torch.equal(got, exact)
+    if dtype == torch.float16:
+        small = got.abs()[got != 0].min()
+        assert bool(got.isinf().any())
+        assert small < 2**-20
 
 
 @HALVES

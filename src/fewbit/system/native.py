@@ -20,9 +20,9 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 13
+_ABI = 14
 _FILE = "fewbit_cpu.so"
-TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
+TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
 
 
@@ -204,8 +204,7 @@ def _blocks(w: Tensor, block: tuple[int, int]) -> tuple[int, int]:
 
 
 def _takes(w: Tensor) -> bool:
-    kinds = [getattr(torch, name) for name in TYPES]
-    whole = w.is_cpu and w.is_contiguous() and w.dtype in kinds and w.numel() > 0
+    whole = w.is_cpu and w.is_contiguous() and w.dtype in (torch.float32, torch.bfloat16) and w.numel() > 0
     return whole and not isinstance(library(), str)
 
 

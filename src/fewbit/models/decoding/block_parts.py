@@ -15,7 +15,7 @@ from fewbit.kernels.cpu.block import Norm, Rows, Wiring
 from fewbit.nn.fused import Slice
 from fewbit.nn.layers import QLinear
 
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # relative distance of equal results
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative distance of equal results
 _NORMS = (  # names of the norms before attention, after it, before the MLP, after it; the same twice: of one result
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),

@@ -33,7 +33,8 @@ from fewbit.models.decoding.steps import Steps
 from fewbit.models.decoding.unquantized import Product, products
 from fewbit.system import native
 
-_SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
+# Relative distance of what a block adds to its input.
+_SAME = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _CLOSE = 4  # up to so many times this distance, an activation may have been rounded otherwise
 _TRIES = 3  # tokens that are tried then
 _PROMPT = 12  # tokens before the one that is compared
