@@ -6,6 +6,7 @@ original has them. docs/gguf.md says what differs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,27 @@ from tests.interop import mtmd
 from tests.interop.test_llama_cpp import opened
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+PATCH = mmproj_files.PATCH
 IMAGE = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))  # one tile
 
 
-def there(folder: Path, mmproj: Path, kind: str) -> Tensor:
-    """mtmd's vectors of the image."""
+def there(folder: Path, mmproj: Path, kind: str, image: Tensor = IMAGE) -> Tensor:
+    """mtmd's vectors of an image."""
     text = mmproj_files.text_file(folder, mmproj.with_suffix(".text"), kind)
-    (found,) = mtmd.vectors(opened(text, n_ctx=128), mmproj, IMAGE)
+    (found,) = mtmd.vectors(opened(text, n_ctx=128), mmproj, image)
     return found
+
+
+def pixels_of(mmproj: Path, image: Tensor = IMAGE) -> Tensor:
+    """What the original sees of an image that is not resized, [3, height, width]."""
+    keys = GgufFile(mmproj).metadata
+    mean, std = (torch.from_numpy(np.array(keys[f"clip.vision.image_{name}"])).float() for name in ("mean", "std"))
+    return ((image.float() / 255 - mean) / std).permute(2, 0, 1)
 
 
 def here(model: Any, mmproj: Path) -> Tensor:
     """The original's vectors of the image, whose size is that of the tower, so that it is not resized."""
-    keys = GgufFile(mmproj).metadata
-    mean, std = (torch.from_numpy(np.array(keys[f"clip.vision.image_{name}"])).float() for name in ("mean", "std"))
-    pixels = ((IMAGE.float() / 255 - mean) / std).permute(2, 0, 1)[None]
+    pixels = pixels_of(mmproj)[None]
     sizes = {"image_sizes": torch.tensor([[32, 32]])} if "LightOn" in type(model).__name__ else {}
     with torch.inference_mode():
         found = model.get_image_features(pixel_values=pixels, **sizes)
@@ -55,6 +62,47 @@ def test_the_vectors_of_an_image(kind: str, tmp_path: Path) -> None:
     folder = mmproj_files.save(tmp_path / "m", kind)
     mmproj = mmproj_files.tower_file(folder, tmp_path / "mmproj.gguf", kind)
     assert distance(there(folder, mmproj, kind), here(mmproj_files.original(folder), mmproj)) < 1e-3
+
+
+def _pairs(pixels: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """GLM: patches of two frames, in squares of four."""
+    sizes = (2, 3, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
+    patches = torch.stack([pixels] * 2).view(sizes).permute(2, 5, 3, 6, 1, 0, 4, 7)
+    return {"pixel_values": patches.reshape(rows * columns, -1), "image_grid_thw": torch.tensor([[1, rows, columns]])}
+
+
+def _single(pixels: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """Kimi K2.5: patches."""
+    patches = pixels.view(3, rows, PATCH, columns, PATCH).permute(1, 3, 0, 2, 4).reshape(-1, 3, PATCH, PATCH)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, rows, columns]])}
+
+
+def _strip(pixels: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+    """MiniCPM-V 4.6: patches beside each other."""
+    patches = pixels.view(3, rows, PATCH, columns, PATCH).permute(0, 2, 1, 3, 4).reshape(1, 3, PATCH, -1)
+    return {"pixel_values": patches, "target_sizes": torch.tensor([[rows, columns]], dtype=torch.int32)}
+
+
+_PATCHES = {"glm4v": _pairs, "glm4v_moe": _pairs, "glm_ocr": _pairs, "kimi_k25": _single, "minicpmv4_6": _strip}
+
+
+@pytest.mark.parametrize("kind", _PATCHES)
+def test_the_vectors_of_an_image_of_any_size(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = (8, 8) if kind == "minicpmv4_6" else (8, 12)
+    usual = mmproj_files.KINDS["minicpmv4_6"]  # mtmd knows 70 x 70 positions of it only
+    larger = replace(usual, vision={**usual.vision, "image_size": 70 * PATCH})
+    monkeypatch.setitem(mmproj_files.KINDS, "minicpmv4_6", larger)
+    folder = mmproj_files.save(tmp_path / "m", kind)
+    made = mmproj_files.tower_file(folder, tmp_path / "made.gguf", kind)
+    # MiniCPM cuts larger images than this, and others do not use it
+    mmproj = mmproj_files.changed(made, tmp_path / "mmproj.gguf", {"clip.vision.image_size": 8 * PATCH})
+    size, generator = (rows * PATCH, columns * PATCH, 3), torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    with torch.inference_mode():
+        given = _PATCHES[kind](pixels_of(mmproj, image), rows, columns)
+        want = torch.cat(list(mmproj_files.original(folder).get_image_features(**given).pooler_output))
+    assert len(want) >= 4
+    assert distance(there(folder, mmproj, kind, image), want) < 1e-3
 
 
 def class_last(patches: Tensor, token: Tensor, positions: Tensor) -> Tensor:

@@ -18,10 +18,6 @@ def _no_text(name: str) -> str:
     return f"{NO_TEXT} ({name})"
 
 
-def _no_row(name: str) -> str:
-    return f"fewbit has no names yet for the tower of {name}"
-
-
 UNREAD = {
     "adapter": _no_model("GLM-Edge-V"),
     "cogvlm": _no_model("CogVLM"),
@@ -38,7 +34,7 @@ UNREAD = {
     "gemma4ua": _SOUND,
     "glm5v": _no_text("glm5-next"),
     "glma": _SOUND,
-    "granite4_vision": _no_row("Granite 4 Vision"),
+    "granite4_vision": "fewbit has no names for its projectors, of which each feeds another layer of the language model",
     "granite_speech": _SOUND,
     "hunyuanvl": _no_text("hunyuan_vl"),
     "janus_pro": "transformers' model always has the parts that draw images, and a file lacks them",
