@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DbrxConfig
@@ -12,22 +10,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fewbit.models.gguf.architectures import MISSING, REFUSED
 from tests import architectures, models
 
-# What a small config needs besides the usual sizes
-_MORE: dict[str, dict[str, Any]] = {
-    "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 32,
-        "indexer_compress_ratio": 4,
-        "hc_lowrank": 8,
-    },
-}
 # Parameters or buffers without a name in fewbit's rows, and what the page calls them
 _NAMELESS = {
     "deepseek_v4": (("attn_hc.fn", "compressor.kv_proj", "tid2eid"), "hyper-connections, compressed keys and experts"),
-    "qwen4_exp_text": (("attn_hyper_connection.", "indexer.index_qk_proj"), "hyper-connections, embeddings of n-grams"),
 }
 _ASSISTANTS = {"gemma4_assistant", "gemma4_unified_assistant"}
 
@@ -35,7 +20,7 @@ _ASSISTANTS = {"gemma4_assistant", "gemma4_unified_assistant"}
 @pytest.mark.parametrize("kind", _NAMELESS)
 def test_a_model_has_what_fewbit_has_no_names_for(kind: str) -> None:
     names, words = _NAMELESS[kind]
-    config = architectures.small(CONFIG_MAPPING[kind], architectures.SIZES, architectures.MORE | _MORE)
+    config = architectures.small(CONFIG_MAPPING[kind], architectures.SIZES, architectures.MORE)
     found = list(AutoModelForCausalLM.from_config(config).state_dict())
     assert all(any(name in each for each in found) for name in names)
     assert words in MISSING[kind]

@@ -71,6 +71,7 @@ def test_a_file_of_mistral_3_may_have_a_mistral(tmp_path: Path) -> None:
         ("bitnet", r"llama\.cpp has silu in its MLP"),
         ("dbrx", r"llama\.cpp has the RoPE base of `attn_config\.rope_theta`"),
         ("dots3_note_text", r"in llama\.cpp RoPE turns other columns of its indexers"),
+        ("qwen4_exp_text", "in texts longer than `indexer_budget`"),
         ("hy_v4", r"in llama\.cpp RoPE turns other columns of a head"),
     ],
 )

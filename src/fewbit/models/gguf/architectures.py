@@ -45,6 +45,8 @@ REFUSED = {
     "dots3_note_text": "in llama.cpp RoPE turns other columns of its indexers together, so in texts longer than "
     "`index_topk` they choose other tokens",
     "hy_v4": "in llama.cpp RoPE turns other columns of a head together",
+    "qwen4_exp_text": "in texts longer than `indexer_budget`, llama.cpp adds a part of one more block to the blocks of "
+    "tokens that an indexer chooses",
     "phimoe": "in llama.cpp its norms do not subtract the mean, and it weights the experts of a token otherwise",
 }
 
@@ -53,7 +55,6 @@ MISSING = {
     "deepseek_v4": "fewbit has no names for hyper-connections, compressed keys and experts chosen by token",
     "gemma4_assistant": "it drafts for another model",
     "gemma4_unified_assistant": "it drafts for another model",
-    "qwen4_exp_text": "fewbit has no names for hyper-connections, embeddings of n-grams and indexers of token blocks",
 }
 
 

@@ -1,4 +1,4 @@
-"""Types whose RoPE llama.cpp computes otherwise than transformers, as fewbit says when it refuses them."""
+"""Types that llama.cpp computes otherwise than transformers, as fewbit says when it refuses them."""
 
 from __future__ import annotations
 
@@ -57,9 +57,30 @@ _DOTS3 = {
     **{f"swa_{key}": value for key, value in _WINDOW.items()},
     "swa_num_key_value_heads": 2,
 }
+# Linear attention, and one layer with an indexer of blocks of 4 tokens
+_QWEN4: dict[str, Any] = {
+    "vocab_size": 292,  # transformers adds a token to such tokenizers
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "output_gate_type": "sigmoid",
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 # Entries of published config.json files that the converter reads and transformers no longer writes; None: not there
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "hy_v4": {"first_k_dense_replace": 1},
+    "qwen4_exp_text": {"layer_types": _QWEN4["layer_types"]},
     "dots3_note_text": {
         **{f"swa_{key}": value for key, value in _WINDOW.items()},
         "swa_qk_rope_head_dim": 8,
@@ -112,11 +133,12 @@ def published(folder: Path) -> None:
 
 def there(kind: str, folder: Path, place: Path, ids: Tensor) -> Tensor:
     """llama.cpp's logits for what its converter makes of the model in a folder, which is changed."""
-    tokenizer = to_metadata(AutoTokenizer.from_pretrained(folder), models.VOCAB, [])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     published(folder)
     converter.convert(converter.unpacked(place), folder, place / "theirs.gguf", _PUBLISHED[kind])
     theirs = GgufFile(place / "theirs.gguf")
-    with GgufWriter(place / "m.gguf", {**theirs.metadata, **tokenizer}, list(theirs.entries.values())) as writer:
+    keys = theirs.metadata | to_metadata(tokenizer, theirs.entries["token_embd.weight"].shape[0], [])
+    with GgufWriter(place / "m.gguf", keys, list(theirs.entries.values())) as writer:
         for name in theirs.entries:
             writer.add(name, theirs.get(name))
     return computed(place / "m.gguf", ids)
@@ -159,3 +181,18 @@ def test_indexers_of_dots3_note(chosen: int, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module.Dots3NoteTextIndexer, "forward", by_llama_cpp)
     assert distance(got, models.logits(original, ids[None])[0]) < 1e-5
     assert "in texts longer than `index_topk`" in REFUSED["dots3_note_text"]
+
+
+@pytest.mark.parametrize("budget", [8, 64])
+def test_indexers_of_qwen4(budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp gives each token as many others as there are in the budget, and 3 more: those after the last whole
+    block of 4, and then a part of one more block."""
+    monkeypatch.setitem(gguf_files.TYPES, "qwen4_exp_text", {**_QWEN4, "indexer_budget": budget})
+    folder, ids = gguf_files.save(tmp_path / "m", "qwen4_exp_text"), gguf_files.ids(length=40)[0]
+    want = models.logits(models.original(folder), ids[None])[0]
+    got = there("qwen4_exp_text", folder, tmp_path, ids)
+    far = ((got - want).norm(dim=1) / want.norm(dim=1)).tolist()
+    within = [place for place in range(40) if place < budget + 3 or place % 4 == 2]  # 3 tokens after the last block
+    assert max(far[place] for place in within) < 1e-4
+    assert (max(far) > 1e-2) == (budget < 40)
+    assert "longer than `indexer_budget`" in REFUSED["qwen4_exp_text"]
