@@ -31,6 +31,8 @@ plan that makes a folder.
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
 - `falcon_h1` multiplies activations by numbers of its config. Like llama.cpp's converter, `quantize` multiplies them
   into the weights, before it measures or quantizes anything. `convert` cannot, and adapters of such models are refused.
+- `hrm_text` runs its blocks several times, so it cannot be calibrated. Give `--method rtn`, or an importance matrix
+  (`--imatrix`) of llama.cpp.
 - Gemma 3n and 4 are for checkpoints of the language model alone. The published checkpoints have towers, so they are
   refused. So is the published model of `sarvam_mla`: it has 32 layers and no latents of queries.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed

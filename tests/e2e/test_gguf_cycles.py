@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fewbit.api import generate, quantize
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import imatrix
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from fewbit.models.blocks import find_blocks
 from fewbit.nn.layers import QLinear
@@ -70,6 +71,21 @@ def test_calibration_is_refused(plan: str, folder: Path, tmp_path: Path) -> None
     with pytest.raises(PlanError, match=said):
         quantize.quantize(folder, out, plan=find(plan), calibration=few)
     assert not out.exists()
+
+
+def test_an_importance_matrix_needs_no_calibration(folder: Path, tmp_path: Path) -> None:
+    """That of llama.cpp has the inputs of a block in all of its runs."""
+    entries, generator = GgufFile(gguf_files.written(folder, tmp_path / "m.gguf")).entries, torch.Generator()
+    found = {
+        name: imatrix.Importance(torch.rand(entry.shape[1], generator=generator.manual_seed(0)) + 0.1, 5)
+        for name, entry in entries.items()
+        if name.startswith("blk.")
+    }
+    imatrix.write(tmp_path / "matrix.gguf", found, chunks=1, length=64, text="x")
+    done = quantize.quantize(folder, tmp_path / "q.gguf", plan=find("q4_0"), imatrix=tmp_path / "matrix.gguf")
+    quantized = {each.module: each.method for each in done.tensors}
+    assert all(quantized[f"{block}.mlp.down_proj"] == "imatrix" for block in BLOCKS)
+    assert not any("no importances" in note for note in done.notes)
 
 
 def test_another_number_of_runs_is_refused(folder: Path, file: Path, tmp_path: Path) -> None:
