@@ -115,6 +115,14 @@ def test_training_runs_its_own_code(llama: Path, rows: list[int]) -> None:
     assert all(map(torch.equal, after, [2 * y for y in before]))
 
 
+def test_a_product_that_needs_gradients_has_them(rows: list[int]) -> None:
+    linear = torch.nn.Linear(96, 40, bias=False).bfloat16()
+    x = torch.ones(1, 96, dtype=torch.bfloat16, requires_grad=True)
+    unquantized.Product(linear).forward(x).sum().backward()
+    assert not rows
+    assert all(grad is not None and bool(grad.any()) for grad in (linear.weight.grad, x.grad))
+
+
 def test_a_head_that_is_hooked_or_replaced_is_seen(llama: Path) -> None:
     model = fb.load(llama, dtype=torch.bfloat16)
     before = decoded(model)
