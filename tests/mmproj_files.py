@@ -52,6 +52,7 @@ class Kind:
     processing: arguments of the original's whole processor. processor: its class; "": that of the row.
     alone: entries that only the config of the language model alone has.
     given: the inputs with an image; None: those of `multimodal`.
+    text_keys: further keys of the file of the language model.
     sound: tensors of a tower for sound -> their names in the file, which fewbit leaves out.
     """
 
@@ -75,6 +76,7 @@ class Kind:
     spare: int = 12
     alone: Mapping[str, Any] = field(default_factory=dict)
     sound: Mapping[str, str] = field(default_factory=dict)
+    text_keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _qwen(least: int, most: int, scale: Mapping[str, Any]) -> Any:
@@ -146,6 +148,15 @@ def _grid(model: Any) -> dict[str, Tensor]:
     """Kimi K2.5: an image of 4 x 6 patches, of which 4 make one vector."""
     pixels = torch.randn((24, 3, PATCH, PATCH), generator=torch.Generator().manual_seed(4))
     return {"input_ids": _around(model, 6), "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
+
+
+_GRID = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE]]
+
+
+def _newlines(model: Any) -> dict[str, Tensor]:
+    """Granite 4 Vision: an image of two tiles and its overview, each of 4 vectors, with a newline for each row."""
+    pixels = torch.randn((1, 3, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(4))
+    return {"input_ids": _around(model, 14), "pixel_values": pixels, "image_sizes": torch.tensor([[SIZE, 2 * SIZE]])}
 
 
 def _glm() -> Any:
@@ -366,6 +377,46 @@ KINDS |= {
         ),
         given=_grid,
     ),
+    "granite4_vision": Kind(
+        "granite4_vision",
+        "granite:Granite4VisionMmprojModel",
+        lambda: transformers.LlavaNextImageProcessorPil(
+            image_grid_pinpoints=_GRID, size=_SQUARE, crop_size=_SQUARE, **_HALF
+        ),
+        processing={
+            "patch_size": PATCH,
+            "downsample_rate": "2/4",
+            "vision_feature_select_strategy": "full",
+        },
+        vision={
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            "num_hidden_layers": 6,  # as many as projectors, which the converter needs
+            "image_size": SIZE,
+            "patch_size": PATCH,
+        },
+        text={"num_hidden_layers": 8},
+        whole={
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": _GRID,
+            "deepstack_layer_map": [(-3, 5), (-1, 0)],
+            "spatial_target_layers": [6, 2, 7, 4],
+            "spatial_vision_layer": -1,
+            "qformer_config": transformers.Blip2QFormerConfig(
+                num_hidden_layers=1,
+                hidden_size=64,
+                num_attention_heads=1,
+                intermediate_size=96,
+                cross_attention_frequency=1,
+                encoder_hidden_size=64,
+                use_qformer_text_input=False,
+            ),
+        },
+        text_class="GraniteForCausalLM",
+        renamed=(("model.vision_tower.", "model.vision_tower.vision_model."),),
+        text_keys={"granite.deepstack_mapping": [-1, -1, 1, -1, 2, 3, 4, 5]},
+        given=_newlines,
+    ),
     "lighton_ocr": Kind(
         "lighton_ocr",
         "lighton_ocr:LightOnOCRVisionModel",
@@ -449,8 +500,9 @@ def config(kind: str) -> Any:
     made = multimodal.config(case.type)
     if kind == "pixtral":
         made.vision_config = multimodal.config("mistral3").vision_config
-    if made.vision_config is None:
-        made.vision_config = architectures.small(CONFIG_MAPPING[case.vision["model_type"]], architectures.SIZES, {})
+    encoder = case.vision.get("model_type")
+    if encoder is not None and getattr(made.vision_config, "model_type", None) != encoder:
+        made.vision_config = architectures.small(CONFIG_MAPPING[encoder], architectures.SIZES, {})
     if case.text_type:
         own: Any = CONFIG_MAPPING[case.text_type]
         special = {own.model_type: gguf_files.TYPES[case.text_type]}
@@ -562,7 +614,8 @@ def text_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
     made.save_pretrained(alone)
     tokenizer(kind).save_pretrained(alone)
     if not case.text_name:
-        return gguf_files.written(alone, path, scheme)
+        gguf_files.written(alone, path, scheme)
+        return changed(path, path, keys_of(case.text_keys)) if case.text_keys else path
     gguf_files.written(alone, path.with_suffix(".plain"), scheme)
     gguf_files.renamed(path.with_suffix(".plain"), path, case.text_name)
     sections = np.array([*inner["rope_parameters"]["mrope_section"], 0], np.int32)

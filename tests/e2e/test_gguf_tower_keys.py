@@ -131,3 +131,23 @@ def test_minicpm_v_4_6_merges_16_patches_in_one_place(tmp_path: Path) -> None:
         tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", keys)
         with pytest.raises(FormatError, match=words):
             package.load(files.text, mmproj=tower, device="cpu")
+
+
+def test_projectors_of_granite_that_feed_no_layer_are_refused(tmp_path: Path) -> None:
+    files = made(tmp_path, "granite4_vision")
+    changes: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
+        ({"granite.deepstack_mapping": None}, {}, "deepstack_mapping is None, not a list"),
+        ({"granite.deepstack_mapping": [-1, -1, 1, -1, 2, 3, 4, 4]}, {}, "does not name a layer for each"),
+        ({}, {"clip.vision.feature_layer": [6, 5, 5, 3, 5, 5]}, "not name a layer for each|does not read"),
+        ({}, {"clip.vision.projector.spatial_offsets": [-1, 1, 3, -1, 0, 0]}, "spatial_offsets is .* does not read"),
+        ({}, {"clip.vision.image_grid_pinpoints": [64, 32, 32]}, "not pairs of integers above 0"),
+    )
+    for spoken, seen, words in changes:
+        text = mmproj_files.changed(files.text, tmp_path / "text.gguf", _arrays(spoken))
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", _arrays(seen))
+        with pytest.raises(FormatError, match=words):
+            package.load(text, mmproj=tower, device="cpu")
+
+
+def _arrays(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value is None else np.array(value, np.int32) for key, value in keys.items()}

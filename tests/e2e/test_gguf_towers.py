@@ -518,6 +518,7 @@ def test_images_without_the_file_of_the_tower_are_refused(
             "glm_ocr",
             "minicpmv4_6",
             "kimi_k25",
+            "granite4_vision",
         ),
     ],
 )
@@ -532,7 +533,7 @@ def test_any_value_of_a_key_is_read_or_refused(kind: str, tmp_path: Path) -> Non
     sections = f"{vocabulary.metadata['general.architecture']}.rope.dimension_sections"
     refused = 0
     for metadata, keys in ((tower.file.metadata, list(tower.file.metadata)), (vocabulary.metadata, [sections])):
-        for key in [*keys, "clip.vision.feature_layer", "clip.vision.spatial_merge_size"]:
+        for key in [*keys, "clip.vision.feature_layer", "clip.vision.spatial_merge_size", "granite.deepstack_mapping"]:
             before = metadata.get(key)
             for value in (None, "x", True, 0, -1, 1.5, float("nan"), np.array([1, 2], np.int32), ["a", "b"], 1 << 20):
                 metadata[key] = value

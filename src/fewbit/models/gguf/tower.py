@@ -5,7 +5,7 @@ A tower is all that makes vectors of an image that the language model reads: an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,16 @@ def nothing(_: Keys) -> Mapping[str, Any]:
     return {}
 
 
+def neither(_: Keys, __: Keys) -> Mapping[str, Any]:
+    """No further entries."""
+    return {}
+
+
+def nowhere(_: Any) -> Sequence[str]:
+    """No projectors of their own."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Tower:
     """A kind of tower, as part of one type of transformers: all that fewbit knows of it.
@@ -80,6 +90,10 @@ class Tower:
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Modules of a list beside the blocks -> names in the file after v.deepstack.N, where N is a block
     beside: Mapping[str, str] = field(default_factory=dict)
+    # Modules and parameters of each of several projectors -> names in the file after v.proj_blk.N
+    projectors: Mapping[str, str] = field(default_factory=dict)
+    projector_parameters: Mapping[str, str] = field(default_factory=dict)
+    places: Callable[[Any], Sequence[str]] = nowhere  # of a config: the projectors, in the file's order
     exchanged: frozenset[str] = frozenset()  # of `parameters`: those whose first two dimensions are exchanged
     # Names in the file of what has a column for each number of a patch, with the channels last in the model and first
     # in the file -> entry of the encoder with the side of a patch, and what it is in the file: kernel, matrix or vector
@@ -105,6 +119,7 @@ class Tower:
     activations: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries
     further: Settings = nothing
+    both: Callable[[Keys, Keys], Mapping[str, Any]] = neither  # those of the keys of the tower and the language model
     sections: bool = False  # the language model's RoPE has sections for images
     tokens: Mapping[str, str] = field(default_factory=dict)  # entries of config.json that are ids -> the tokens
     beyond: str = ""  # a token that the vocabulary may lack: its id is then the first one after it

@@ -154,7 +154,8 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
         "dtype": text["dtype"],
         **_token_ids(tower, vocabulary),
     }
-    for entry, value in {**row.fixed, **row.further(keys)}.items():
+    spoken = Keys(vocabulary, str(vocabulary.metadata["general.architecture"]))
+    for entry, value in {**row.fixed, **row.further(keys), **row.both(keys, spoken)}.items():
         own, _, last = entry.rpartition(".")
         {"": config, "vision_config": vision, "text_config": inner}[own][last] = value
     return {**config, "text_config": inner, "vision_config": vision}
@@ -316,6 +317,11 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
                 add(f"{row.layers}.{layer}.{theirs}", ours, f"v.blk.{layer}.", share, order)
         for theirs, ours in row.block_parameters.items():
             found[f"{row.layers}.{layer}.{theirs}"] = Part((whole := f"v.blk.{layer}.{ours}",), Route(whole))
+    for count, where in enumerate(row.places(config)):
+        for theirs, ours in row.projectors.items():
+            add(f"{where}.{theirs}", ours, f"v.proj_blk.{count}.")
+        for theirs, ours in row.projector_parameters.items():
+            found[f"{where}.{theirs}"] = Part((whole := f"v.proj_blk.{count}.{ours}",), Route(whole))
     for theirs, ours in row.beside.items():
         for place, layer in enumerate(vision.deepstack_visual_indexes):
             add(theirs.replace("*", str(place)), ours, f"v.deepstack.{layer}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
+from fewbit.models.gguf.rows.granite_tower import GRANITE
 from fewbit.models.gguf.rows.later_towers import GEMMA4, GEMMA4_UNIFIED, KIMI, LFM2, LLAMA4, LLAMA4_OLDER, MINICPM
 from fewbit.models.gguf.rows.qwen_towers import (
     EXAONE,
@@ -406,6 +407,7 @@ ROWS = (
     LFM2,
     MINICPM,
     KIMI,
+    GRANITE,
     LIGHTON,
     EXAONE,
     GLM,

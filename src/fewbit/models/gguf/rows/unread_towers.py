@@ -34,8 +34,6 @@ UNREAD = {
     "gemma4ua": _SOUND,
     "glm5v": _no_text("glm5-next"),
     "glma": _SOUND,
-    "granite4_vision": "fewbit has no names for its projectors, of which each feeds another layer of its language "
-    "model",
     "granite_speech": _SOUND,
     "hunyuanvl": _no_text("hunyuan_vl"),
     "janus_pro": "transformers' model always has the parts that draw images, and a file lacks them",
