@@ -16,7 +16,7 @@ from fewbit.kernels.cpu import kernel
 from fewbit.nn.choose import TOLERANCE
 from fewbit.system import ambient, native
 
-_LEAST = 1 << 17  # numbers of a weight: a product by fewer is faster in PyTorch, which starts sooner
+_LEAST = 1 << 16  # numbers of a weight: PyTorch starts a product sooner, which counts more for fewer
 _MANY = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
