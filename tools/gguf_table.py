@@ -57,8 +57,9 @@ MiniCPM-V 4.6 is read where 16 patches make one vector (`16x`), as published. Fi
 Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
 
 Tests also compare the vectors of an image with those of mtmd, llama.cpp's own library, in llama-cpp-python 0.3.36. They
-are the same, within 1e-3, for Gemma 3, LightOnOCR, GLM-4.1V, GLM-4.5V, GLM-OCR, Kimi K2.5 and MiniCPM-V 4.6. For three
-others mtmd computes something else than transformers, and fewbit reads the files as transformers has the model:
+are the same, within 1e-3, for Gemma 3, LightOnOCR, GLM-4.1V, GLM-4.5V, GLM-OCR, Kimi K2.5, MiniCPM-V 4.6 and Granite 4
+Vision. For three others mtmd computes something else than transformers, and fewbit reads the files as transformers has
+the model:
 
 - InternVL, LLaVA: mtmd puts the class token after the patches. The positions in the file have it first.
 - LLaVA: mtmd also leaves out the last block of the file.

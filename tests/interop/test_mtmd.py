@@ -105,6 +105,21 @@ def test_the_vectors_of_an_image_of_any_size(kind: str, tmp_path: Path, monkeypa
     assert distance(there(folder, mmproj, kind, image), want) < 1e-3
 
 
+def test_the_vectors_of_tiles_for_several_layers(tmp_path: Path) -> None:
+    """Granite 4 Vision: an image of two tiles. The four vectors before them are of an overview, which is resized."""
+    folder = mmproj_files.save(tmp_path / "m", "granite4_vision")
+    mmproj = mmproj_files.tower_file(folder, tmp_path / "mmproj.gguf", "granite4_vision")
+    image = torch.randint(0, 256, (32, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = pixels_of(mmproj, image)
+    tiles = torch.stack([torch.zeros_like(pixels[..., :32]), pixels[..., :32], pixels[..., 32:]])[None]
+    with torch.inference_mode():
+        found = mmproj_files.original(folder).get_image_features(tiles, image_sizes=torch.tensor([[32, 64]]))
+    by_layer = [vectors for _, (vectors,) in sorted(found.deepstack_features, key=lambda each: each[0])]
+    got = there(folder, mmproj, "granite4_vision", image)
+    for one, other in zip(got.chunk(len(by_layer), dim=1), by_layer, strict=True):
+        assert distance(one[4:], other[4:]) < 1e-3
+
+
 def class_last(patches: Tensor, token: Tensor, positions: Tensor) -> Tensor:
     """What enters a tower that has the token of the class after the patches [1, N, K], with the positions in order."""
     return torch.cat([patches, token.view(1, 1, -1)], dim=1) + positions.view(1, -1, token.shape[-1])
