@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 
 import fewbit
 from fewbit import PlanError
+from fewbit.plans.plan import Plan, Rule
 from fewbit.texts.calibration import Calibration
 from tests import architectures, models
+from tests.e2e import test_few_experts as few_experts
 from tests.e2e.test_ranks import torchrun
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "dtype": "float32"}
 IDS = torch.arange(20)[None] * 7 % models.VOCAB
+ATTENTION = Plan("attention", "gptq", (Rule("*experts*", None), Rule("*", "int4-g32-sym")))
 
 # Each process loads its part of each model, and says what it computes, what it holds, and of which it has the whole.
 WORK = """
@@ -53,7 +56,7 @@ for folder in folders:
 """
 
 
-def quantized(model: Path, out: Path, plan: str) -> Path:
+def quantized(model: Path, out: Path, plan: str | Plan) -> Path:
     text = out.parent / "text.txt"
     text.write_text(models.sentences(200), encoding="utf-8")
     fewbit.quantize(model, out, plan=plan, calibration=Calibration(str(text), samples=2, length=32, seed=1))
@@ -74,9 +77,14 @@ def in_another_order(folder: Path, out: Path) -> Path:
     return out
 
 
-def _moe(place: Path) -> Path:
-    with architectures.seeded():
-        return quantized(architectures.save(place / "experts", "qwen3_moe"), place / "experts-packed", "rtn-4bit")
+def _experts(kind: str, plan: str | Plan, **changes: Any) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        name = plan if isinstance(plan, str) else plan.name
+        with architectures.seeded():
+            folder = few_experts.save(place / f"{kind}-{sum(changes.values())}-{name}", kind, changes)
+        return folder if plan == "plain" else quantized(folder, Path(f"{folder}-packed"), plan)
+
+    return make
 
 
 def _family(family: str, plan: str, **changes: Any) -> Callable[[Path], Path]:
@@ -98,7 +106,13 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "k-quants": _family("llama", "q4_k_m", hidden_size=512, intermediate_size=1024),
     "k-quants too narrow to cut": _family("mistral", "q4_k_m"),
     "act-order": lambda place: in_another_order(_family("gemma2", "gptq-4bit")(place), place / "act-order"),
-    "experts": _moe,
+    "experts": _experts("qwen3_moe", "rtn-4bit", moe_intermediate_size=256),
+    "experts in 16 bits": _experts("qwen3_moe", "plain"),
+    "experts in NF4": _experts("mixtral", "nf4", intermediate_size=256, hidden_size=128, head_dim=32),
+    "experts that multiply all tokens": _experts("llama4_text", "int8"),
+    "the same in 16 bits": _experts("llama4_text", "plain"),
+    "experts in 16 bits beside packed weights": _experts("qwen3_moe", ATTENTION, moe_intermediate_size=8),
+    "experts too narrow to cut": _experts("mixtral", "nf4", intermediate_size=96, hidden_size=128, head_dim=32),
 }
 
 
@@ -139,7 +153,7 @@ def test_two_parts_compute_what_the_whole_does(
     assert torch.equal(found[name][0]["logits"], found[name][1]["logits"])
 
 
-HALF = [name for name in MADE if name not in ("k-quants too narrow to cut", "experts")]
+HALF = [name for name in MADE if not name.endswith("too narrow to cut")]
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -156,6 +170,8 @@ def test_one_process_says_what_stays_whole(found: dict[str, list[dict[str, Any]]
     assert "embed_tokens and 2 more: its 256 columns cannot be cut into 2 parts of q4_k: groups would cross" in told
     assert "layers.0.mlp.down_proj: its 768 columns" in told
     assert not second["told"]
+    (told,) = found["experts too narrow to cut"][0]["told"]
+    assert "mlp.experts and 1 more: its 96 columns cannot be cut into 2 parts of nf4-b64-dq: groups would cross" in told
     assert not any(each["told"] for name in HALF if name != "k-quants" for each in found[name])
 
 

@@ -10,8 +10,10 @@ linears are cut when they get their weights (`stacking.pack`), and all others af
     rowwise_split_input     the same, where each rank has the whole input
     the input embedding     a part of its columns, whatever the plan says, and of a head that is tied to it
 
-Modules that the plan does not name stay whole on each rank, and so do experts. A packed linear whose weight cannot be
-cut between groups stays whole too: it gets its whole input, or keeps its part of the output.
+    moe_tp_experts          a part of every expert (`parallel_experts.py`)
+
+Modules that the plan does not name stay whole on each rank. A packed linear whose weight cannot be cut between groups
+stays whole too: it gets its whole input, or keeps its part of the output.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import PlanError
+from fewbit.models import parallel_experts
+from fewbit.models.parallel_experts import STYLE as _EXPERTS
+from fewbit.models.parallel_experts import Experts
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.nn.parallel import Gather, Keep, Sum, Take
 from fewbit.schemes.base import QTensor
@@ -35,7 +40,6 @@ from fewbit.schemes.parted import part
 _ROWS = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}  # style -> whether outputs are joined
 _COLUMNS = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}  # style -> whether the input is whole
 _WHOLE = ("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params", "moe_identity_expert")
-_EXPERTS = "moe_tp_experts"
 _MARK = "_fewbit_ranks"
 _HINT = "Load it with device_map='auto', or with another number of processes."
 
@@ -56,6 +60,7 @@ class Split:
         self.cut_embedding = False
         self.tied = ""  # the name of the head, if it has the weight of the embedding
         self.kept: dict[str, list[str]] = {}  # why packed layers stay whole, and which
+        self.experts: dict[str, Experts] = {}  # by the names of their linears
 
     def read_plan(self, model: Any) -> None:
         """Find the style of each linear. PlanError if the model has no plan, or one that cannot be followed."""
@@ -76,6 +81,7 @@ class Split:
             if not isinstance(module, nn.Linear) or style not in (*_ROWS, *_COLUMNS):
                 raise PlanError(f"{kind}: fewbit cannot cut {name}, a {type(module).__name__}, as {style}", _HINT)
             self.styles[name] = style
+        self.experts = parallel_experts.of_linears(model, plan, _generic)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.cut_embedding = embedding.embedding_dim % self.size == 0
         for name, module in modules.items():
@@ -95,6 +101,8 @@ class Split:
             if own is not None:
                 layer.embedding_dim = own.shape[1]
                 layer.register_forward_hook(Gather())
+        elif (experts := self.experts.get(name)) is not None:
+            own = self._own_of_expert(name, experts, layer, weight)
         elif name == self.tied or name in (self.styles or {}):
             style = self._style(name)
             axis, free = (0, _ROWS[style]) if style in _ROWS else (1, _COLUMNS[style])
@@ -107,6 +115,23 @@ class Split:
             elif not free:
                 self._stay(layer, axis)
         return (own or weight).map(lambda tensor: tensor.to(self.device))
+
+    def share(self, experts: Experts, why_whole: str | None) -> bool:
+        """Let each rank have its part of experts, or note why they stay whole. Whether they are shared."""
+        if why_whole is None:
+            experts.begin()
+        else:
+            experts.cut = False
+            self.kept.setdefault(why_whole, []).append(experts.path)
+        return why_whole is None
+
+    def _own_of_expert(self, name: str, experts: Experts, linear: nn.Linear, weight: QTensor) -> QTensor | None:
+        """This rank's part of the weight of an expert; None if the experts of its layer stay whole."""
+        if not experts.cut:
+            return None
+        axis = experts.axis(name)
+        self._fit(linear, axis, hooks=False)
+        return part(weight, axis, self.rank, self.size)
 
     def _style(self, name: str) -> str:
         return "rowwise_split_input" if name == self.tied else (self.styles or {})[name]
@@ -137,11 +162,13 @@ class Split:
     def _range(self, size: int) -> slice:
         return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)
 
-    def _fit(self, linear: nn.Linear, axis: int, *, free: bool, order: Tensor | None = None) -> None:
+    def _fit(
+        self, linear: nn.Linear, axis: int, *, free: bool = False, order: Tensor | None = None, hooks: bool = True
+    ) -> None:
         """Give a linear the size of this rank's rows (axis 0) or columns (axis 1), its bias, and its hooks.
 
         free: the whole output is wanted, or the whole input is given. order: the columns of this rank, if they are
-        stored in another order.
+        stored in another order. hooks: False if the modules around the linear do what hooks do.
         """
         bias = linear._parameters["bias"]
         if axis == 0:
@@ -149,13 +176,15 @@ class Split:
             linear.out_features = own.stop - own.start
             if bias is not None:
                 linear.bias = nn.Parameter(bias.data[own].clone(), requires_grad=False)
-            if free:
+            if free and hooks:
                 linear.register_forward_hook(Gather())
             return
         own = self._range(linear.in_features)
         linear.in_features = own.stop - own.start
         if bias is not None and self.rank > 0:  # else the sum would have it several times
             linear.bias = None  # type: ignore[assignment]
+        if not hooks:
+            return
         if order is not None:
             linear.register_forward_pre_hook(Take(order, gathers=not free))
         elif free:
@@ -172,6 +201,7 @@ class Split:
             linear = model.get_submodule(name)
             if not isinstance(linear, QLinear):
                 self._cut_linear(name, linear, style)
+        self._cut_experts(model)
         self._cut_parameters(model)
         if isinstance(embedding, nn.Embedding) and self.cut_embedding:
             own = self._range(embedding.embedding_dim)
@@ -192,12 +222,32 @@ class Split:
     def _cut_linear(self, name: str, linear: nn.Linear, style: str) -> None:
         axis, free = (0, _ROWS[style]) if style in _ROWS else (1, _COLUMNS[style])
         self._check(name, linear.weight.shape, axis, free=free)
-        if (size := linear.weight.shape[axis]) % self.size:
+        if linear.weight.shape[axis] % self.size:
             return
-        own = self._range(size)
+        self._cut_weight(linear, axis)
+        self._fit(linear, axis, free=free)
+
+    def _cut_weight(self, linear: nn.Linear, axis: int) -> None:
+        own = self._range(linear.weight.shape[axis])
         weight = linear.weight.data[own] if axis == 0 else linear.weight.data[:, own]
         linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
-        self._fit(linear, axis, free=free)
+
+    def _cut_experts(self, model: Any) -> None:
+        """Cut experts of which no linear is packed."""
+        for experts in dict.fromkeys(self.experts.values()):
+            linears = experts.linears
+            if any(isinstance(each, QLinear) for each in linears.values()):
+                continue
+            if self.share(experts, experts.why_whole(self.size)):
+                for name, linear in linears.items():
+                    self._cut_weight(linear, experts.axis(name))
+                    self._fit(linear, experts.axis(name), hooks=False)
+        plan = _plan(model)
+        whole = parallel_experts.cut_fused(
+            model, self.rank, self.size, lambda name: plan.get(_generic(name)) == _EXPERTS
+        )
+        for name, why in whole.items():
+            self.kept.setdefault(why, []).append(name)
 
     def _cut_parameters(self, model: Any) -> None:
         """Cut parameters that the plan names by themselves, such as one number for each head."""
@@ -233,12 +283,25 @@ def parts_of(model: Any, weight_of: Callable[[str, Any], QTensor]) -> Callable[[
     if split is None:
         return weight_of
     split.read_plan(model)
+    early: dict[str, QTensor] = {}  # a weight is read once
 
-    def own(name: str, layer: Any) -> QTensor:
+    def whole(name: str, layer: Any) -> QTensor:
+        if name in early:
+            return early.pop(name)
         for held in layer.placeholders:  # its format is read where that is quick
             tensor = getattr(layer, held)
             tensor.data = tensor.data.to(split.device)
-        return split.own(name, layer, weight_of(name, layer))
+        return weight_of(name, layer)
+
+    def read(name: str, layer: Any) -> QTensor:
+        if name not in early:
+            early[name] = whole(name, layer)
+        return early[name]
+
+    def own(name: str, layer: Any) -> QTensor:
+        if (experts := split.experts.get(name)) is not None and experts.cut is None:
+            split.share(experts, experts.why_whole(split.size, read))
+        return split.own(name, layer, whole(name, layer))
 
     return own
 
