@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
 import fewbit as fb
@@ -121,6 +123,40 @@ def test_a_product_that_needs_gradients_has_them(rows: list[int]) -> None:
     unquantized.Product(linear).forward(x).sum().backward()
     assert not rows
     assert all(grad is not None and bool(grad.any()) for grad in (linear.weight.grad, x.grad))
+
+
+class Twice(torch.nn.Module):
+    def forward(self, parameter: Tensor) -> Tensor:
+        return parameter * 2
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "float32": torch.nn.Linear.float,
+    "float64": torch.nn.Linear.double,
+    "another weight": lambda linear: parametrize.register_parametrization(linear, "weight", Twice()),
+    "another bias": lambda linear: parametrize.register_parametrization(linear, "bias", Twice()),
+    "pruned": lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_linear_that_changes_runs_its_own_code(change: str, rows: list[int]) -> None:
+    linear = torch.nn.Linear(96, 40).bfloat16().requires_grad_(False)
+    forward = unquantized.Product(linear).forward
+    CHANGES[change](linear)
+    x = torch.ones(1, 96, dtype=linear.weight.dtype)
+    with torch.inference_mode():
+        assert torch.equal(forward(x), linear(x))
+    assert not rows
+
+
+def test_a_model_in_another_type_is_computed(llama: Path) -> None:
+    model = fb.load(llama, dtype=torch.bfloat16)
+    decoded(model)
+    model.double()
+    own = decoded(model)
+    compiled_blocks.remove(model)
+    assert all(map(torch.equal, own, decoded(model)))
 
 
 def test_a_head_that_is_hooked_or_replaced_is_seen(llama: Path) -> None:

@@ -17,6 +17,7 @@ from fewbit.nn.choose import TOLERANCE
 from fewbit.system import ambient, native
 
 _LEAST = 1 << 16  # numbers of a weight: PyTorch starts a product sooner, which counts more for fewer
+_NAMES = {"weight", "bias"}
 _MANY = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
@@ -42,9 +43,10 @@ class Product:
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.linear._parameters["weight"], self.linear._parameters["bias"]
-        if type(weight) is not nn.Parameter or not _serves(x, weight):
+        own: dict[str, Any] = self.linear._parameters  # without what a parametrization or pruning computes
+        if not (own.keys() >= _NAMES and _serves(x, own["weight"])):
             return self.plain(x)
+        weight, bias = own["weight"], own["bias"]
         rows = x.reshape(-1, x.shape[-1])
         y = kernel.product(rows if bias is None else rows.float(), weight)
         if bias is not None:
@@ -65,8 +67,10 @@ def _kind(linear: nn.Linear) -> tuple[Any, ...]:
     return linear.weight.shape, linear.weight.dtype
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
+def _serves(x: Tensor, weight: Any) -> bool:
     """Whether the library multiplies x, and not PyTorch."""
+    if type(weight) is not nn.Parameter or weight.dtype not in _MANY:
+        return False
     if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     if x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu and weight.is_contiguous()):
