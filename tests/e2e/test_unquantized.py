@@ -101,6 +101,16 @@ def test_more_rows_are_left_to_pytorch_where_it_is_faster(llama: Path, rows: lis
     assert rows == ([1] if fast else [29, 1])
 
 
+def test_rows_that_no_cache_holds_are_left_to_pytorch(rows: list[int]) -> None:
+    linear = torch.nn.Linear(4096, 8, bias=False).bfloat16().requires_grad_(False)
+    forward = unquantized.Product(linear).forward
+    with torch.inference_mode():
+        for count in (1, 2, 3, 8):
+            forward(torch.ones(count, 4096, dtype=torch.bfloat16))
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert rows == ([1, 2] if fast else [1, 2, 3, 8])
+
+
 def test_training_runs_its_own_code(llama: Path, rows: list[int]) -> None:
     model = fb.load(llama, dtype=torch.bfloat16)
     before = decoded(model)

@@ -17,6 +17,7 @@ from fewbit.nn.choose import TOLERANCE
 from fewbit.system import ambient, native
 
 _LEAST = 1 << 16  # numbers of a weight: PyTorch starts a product sooner, which counts more for fewer
+_FAST = 1 << 13  # activations that stay in a core's first cache, as float32
 _NAMES = {"weight", "bias"}
 _MANY = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -75,15 +76,16 @@ def _serves(x: Tensor, weight: Any) -> bool:
         return False
     if x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu and weight.is_contiguous()):
         return False
-    rows = x.numel() // max(x.shape[-1], 1)
-    return 0 < rows <= _most(x.dtype) and x.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled("cpu")
+    columns = x.shape[-1]
+    rows = x.numel() // max(columns, 1)
+    return 0 < rows <= _most(x.dtype, columns) and columns == weight.shape[1] and not torch.is_autocast_enabled("cpu")
 
 
 @cache
-def _most(dtype: torch.dtype) -> int:
-    """The largest number of rows for which the library is faster than PyTorch."""
+def _most(dtype: torch.dtype, columns: int) -> int:
+    """The largest number of rows of so many columns for which the library is faster than PyTorch."""
     has_own = getattr(torch.ops.mkldnn, _MANY[dtype], lambda: True)
-    return kernel.FEW if has_own() else 1 << 62
+    return min(kernel.FEW, max(1, _FAST // columns)) if has_own() else 1 << 62
 
 
 @ambient.defaults()
