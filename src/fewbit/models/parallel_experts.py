@@ -54,7 +54,7 @@ class Experts:
     def why_whole(self, size: int, weight_of: WeightOf | None = None) -> str | None:
         """None if `size` ranks can share the experts, else why not.
 
-        weight_of: of packed experts; the weights of the first one are read.
+        weight_of: of packed experts; the weights of all are read.
         """
         if type(self.module).forward not in _ADDED:
             return _OTHERS
@@ -63,15 +63,19 @@ class Experts:
         linears = self.linears
         if len({isinstance(linear, QLinear) for linear in linears.values()}) > 1:
             return "not all of them are packed"
-        for name, linear in list(linears.items())[: len(self.module.leaves)]:
+        tried = set[tuple[Any, ...]]()
+        for name, linear in linears.items():
             axis = self.axis(name)
             if weight_of is None:
                 if linear.weight.shape[axis] % size:
                     return f"{size} processes cannot share {linear.weight.shape[axis]} inner features"
                 continue
             weight = weight_of(name, linear)
-            if axis and weight.permutation is not None:
+            if axis and weight.permutation is not None:  # some may lack it: no calibration input reached them
                 return "the columns of their down projections are stored in another order"
+            if (kind := (axis, weight.codec, weight.shape)) in tried:
+                continue
+            tried.add(kind)
             try:
                 part(weight, axis, 0, size)
             except PlanError as error:
