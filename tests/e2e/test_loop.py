@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fewbit.errors import PlanError
 from fewbit.models.decoding import decode, loop
+from fewbit.models.decoding import generate as generating
 from fewbit.models.decoding.generate import continue_text
 from fewbit.models.decoding.graph import Compiled, check_compile
 from fewbit.models.decoding.sampling import Sampling
@@ -398,6 +399,8 @@ def test_the_greatest_is_the_first_of_them() -> None:
 STATIC = ("deepseek_v3", "gpt_oss", "llama4_text", "lfm2", "minimax_m2")
 # Layers that keep a state, or for which transformers has no static cache.
 GROWING = ("deepseek_v4", "qwen3_next", "mamba2")
+# Models that make a cache of their own, and one without any.
+OWN = ("minimax", "xlstm", "openai-gpt")
 
 
 def table_pair(kind: str) -> tuple[Any, Any]:
@@ -426,3 +429,12 @@ def test_what_has_no_static_cache_keeps_a_growing_one(kind: str, ids: Tensor) ->
     with pytest.warns(UserWarning, match="no CUDA graph: this model's layers keep more than keys and values"):
         assert not decode.supports_static_cache(looped, looped.generate.__self__.plain)
     assert written(looped, ids) == written(plain, ids)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_model_that_takes_no_cache_writes_as_before(kind: str, ids: Tensor) -> None:
+    plain, looped = table_pair(kind)
+    assert written(looped, ids) == written(plain, ids)
+    texts = generating.written(plain, models.tokenizer(), 3, 12, 0)
+    assert texts.shape == (3, 12)
+    assert not (texts[:, 1:] == plain.generation_config.eos_token_id).any()

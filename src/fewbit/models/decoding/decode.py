@@ -8,6 +8,7 @@ The model's `generate` prepares everything. The loop in `loop.py` writes the tok
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -123,6 +124,7 @@ class Decoder:
             any(requested.get(key) is not None for key in _OTHERS)
             or (requested.get("num_beams") or 1) > 1
             or requested.get("use_cache") is False
+            or not takes_a_cache(self.model)
         ):
             return self.plain(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -206,6 +208,13 @@ class Decoder:
         if self.graph is None:
             self.graph = StepGraph(self._quick(forward), self.model.device)
         return self.graph(kwargs)
+
+
+def takes_a_cache(model: Any) -> bool:
+    """Whether the model takes transformers' cache: MiniMax and xLSTM make one of their own, and GPT-1 has none."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = [inspect.signature(each).parameters for each in (owner.forward, owner.prepare_inputs_for_generation)]
+    return any(CACHE in each for each in taken) and bool(owner._supports_default_dynamic_cache())
 
 
 def _on_one_gpu(model: Any) -> bool:
