@@ -215,15 +215,23 @@ def test_a_module_without_gradients_is_named(
     assert any("end to end: no gradient is known for this" in note for note in done.notes)
 
 
-def test_an_original_that_no_longer_loads_is_named(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FormatError("model could not be loaded: 'metadata'"), "model could not be loaded: 'metadata'"),
+        (KeyError("metadata"), "KeyError: 'metadata'"),
+        (AttributeError("no attribute 'states'"), "AttributeError: no attribute 'states'"),
+    ],
+)
+def test_an_original_that_no_longer_runs_is_named(
+    error: Exception, said: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*given: Any, **named: Any) -> Any:
-        raise FormatError("model could not be loaded: 'metadata'")
+        raise error
 
     monkeypatch.setattr(effort, "load_model", load)
     done = quantized(model, tmp_path / "out", text, plan("int3-g32-sym", "gptq", "gptq"))
-    assert "the model was not tuned end to end: model could not be loaded: 'metadata'" in done.notes
+    assert f"the model was not tuned end to end: {said}" in done.notes
     assert (tmp_path / "out" / "config.json").is_file()
 
 

@@ -104,6 +104,8 @@ class Finish:
             why = error.message
         except RuntimeError as error:  # no memory, or code of the model without a gradient
             why = first_line(error)
+        except Exception as error:  # a model's own code can raise anything, and the quantized model must not be lost
+            why = f"{type(error).__name__}: {first_line(error)}"
         return f"the model was not tuned end to end: {why}"
 
     def _run(
