@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,16 @@ def test_keys_that_contradict_the_tensors_are_refused(
     path = changed(small, tmp_path / "bad.gguf", keys, drop=drop)
     with pytest.raises(FormatError, match=said):
         package.generate(path, "hello", max_new_tokens=1)
+
+
+def test_a_number_of_blocks_takes_no_memory(small: Path, tmp_path: Path) -> None:
+    path = changed(small, tmp_path / "bad.gguf", {"llama.block_count": 1 << 27})  # a list of so many is 1 GiB
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="it has 2 blocks"):
+        package.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
 
 
 def test_a_chat_template_is_rendered_in_a_sandbox(small: Path, tmp_path: Path) -> None:

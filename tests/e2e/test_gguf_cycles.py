@@ -98,8 +98,13 @@ def test_another_number_of_runs_is_refused(folder: Path, file: Path, tmp_path: P
     with pytest.raises(PlanError, match="a layer for each run of a block, here 16; this model's num_hidden_layers is"):
         gguf_files.header_of(tmp_path)
     own = GgufFile(file)
-    changed = {"hrm_text.block_count": 12}, {"hrm_text.hrm.layers_per_stack": 1, "hrm_text.block_count": 8}
-    words = "its blocks run 16 times, and that it has 12 layers", "it has 4 blocks of width 64, but its keys say 2"
+    many = {"hrm_text.hrm.h_cycles": 1 << 26, "hrm_text.block_count": 1 << 29}
+    changed = {"hrm_text.block_count": 12}, {"hrm_text.hrm.layers_per_stack": 1, "hrm_text.block_count": 8}, many
+    words = (
+        "its blocks run 16 times, and that it has 12 layers",
+        "it has 4 blocks of width 64, but its keys say 2",
+        "its blocks run 536870912 times; llama.cpp runs at most 512 layers",
+    )
     for keys, said in zip(changed, words, strict=True):
         with GgufWriter(tmp_path / "w.gguf", {**own.metadata, **keys}, list(own.entries.values()), overwrite=True) as w:
             for name in own.entries:

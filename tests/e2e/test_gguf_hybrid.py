@@ -149,7 +149,7 @@ def test_the_block_that_predicts_more_tokens_is_kept(file: Path, tmp_path: Path)
         ({"linear_value_head_dim": 8}, "keys and values of one width; here 16 and 8"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-            "sections of RoPE within a head of 16 columns",
+            "with a sum of at most 16",
         ),
     ],
 )

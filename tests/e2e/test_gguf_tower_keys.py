@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,27 @@ def test_an_activation_of_another_name_is_refused(tmp_path: Path) -> None:
         package.load(files.text, mmproj=tower, device="cpu")
 
 
+@pytest.mark.parametrize("kind", ["glm4v", "kimi_k25", "granite4_vision"])
+def test_heads_that_do_not_divide_the_width(kind: str, tmp_path: Path) -> None:
+    files = made(tmp_path, kind)
+    tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {"clip.vision.attention.head_count": 7})
+    with pytest.raises(FormatError, match=r"embedding_length is \d+, which is no multiple of vision.*head_count, 7"):
+        package.load(files.text, mmproj=tower, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["general.type", "clip.projector_type"])
+def test_a_list_in_place_of_a_name(key: str, tmp_path: Path) -> None:
+    """It is no name, and NumPy compares each of its entries."""
+    files = made(tmp_path, "gemma3")
+    for value in ([1, 2], []):
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", _arrays({key: value}))
+        if key == "general.type":  # general.architecture says what it is
+            assert package.load(files.text, mmproj=tower, device="cpu").config.model_type == "gemma3"
+        else:
+            with pytest.raises(FormatError, match=r"its projector is '\[.*\]', which fewbit does not read"):
+                package.load(files.text, mmproj=tower, device="cpu")
+
+
 def test_a_scale_that_does_not_divide_llama_4s_patches(tmp_path: Path) -> None:
     files = made(tmp_path, "llama4")
     tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {"clip.vision.projector.scale_factor": 3})
@@ -133,6 +155,29 @@ def test_minicpm_v_4_6_merges_16_patches_in_one_place(tmp_path: Path) -> None:
             package.load(files.text, mmproj=tower, device="cpu")
 
 
+def test_positions_of_kimi_are_a_square(tmp_path: Path) -> None:
+    files = made(tmp_path, "kimi_k25")
+    for shape in ((4, 8, 48), (8, 4, 48)):
+        tensors = {"v.position_embd.weight": torch.ones(shape)}
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", tensors=tensors)
+        with pytest.raises(FormatError, match=rf"{shape[0]} x {shape[1]} positions, which are no square"):
+            package.load(files.text, mmproj=tower, device="cpu")
+
+
+@pytest.mark.parametrize("found", [5, "abc", [1, 2], [-1, 2, 3], [1 << 40, 1, 1], [2.5, 1, 0], [2, 2, 1], {"a": 1}])
+def test_sections_of_a_config_that_are_none(found: Any, tmp_path: Path) -> None:
+    files = made(tmp_path, "glm4v")
+    model: Any = package.load(files.text, dtype="float32", device="cpu")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "text")
+    mmproj_files.tokenizer("glm4v").save_pretrained(tmp_path / "text")
+    place = tmp_path / "text" / "config.json"
+    config = json.loads(place.read_text(encoding="utf-8")) | {"mrope_section": found}
+    place.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(PlanError, match=r"mrope_section is .*, not 3 integers from 0 with a sum of at most 4"):
+        package.quantize(tmp_path / "text", tmp_path / "q.gguf", plan="q8_0", device="cpu", progress=False)
+
+
 def test_projectors_of_granite_that_feed_no_layer_are_refused(tmp_path: Path) -> None:
     files = made(tmp_path, "granite4_vision")
     changes: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
@@ -140,7 +185,11 @@ def test_projectors_of_granite_that_feed_no_layer_are_refused(tmp_path: Path) ->
         ({"granite.deepstack_mapping": [-1, -1, 1, -1, 2, 3, 4, 4]}, {}, "does not name a layer for each"),
         ({}, {"clip.vision.feature_layer": [6, 5, 5, 3, 5, 5]}, "not name a layer for each|does not read"),
         ({}, {"clip.vision.projector.spatial_offsets": [-1, 1, 3, -1, 0, 0]}, "spatial_offsets is .* does not read"),
-        ({}, {"clip.vision.image_grid_pinpoints": [64, 32, 32]}, "not pairs of integers above 0"),
+        ({}, {"clip.vision.image_grid_pinpoints": [64, 32, 32]}, "not pairs of sizes that 32 divides"),
+        ({}, {"clip.vision.image_grid_pinpoints": [64, 127]}, "not pairs of sizes that 32 divides"),
+        ({}, {"clip.vision.image_grid_pinpoints": [64, 32 << 20]}, "of at most 64 tiles"),
+        ({}, {"clip.vision.image_grid_pinpoints": [64, 0]}, "with numbers below 1"),
+        ({}, {"clip.vision.feature_layer": []}, "not a list of at least 1 integers"),
     )
     for spoken, seen, words in changes:
         text = mmproj_files.changed(files.text, tmp_path / "text.gguf", _arrays(spoken))

@@ -74,11 +74,10 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
             **positions.to_keys(config, arch, rope),
         }
     if arch.sections:
-        if sum(rope.get("mrope_section", positions.SECTIONS)) > width:
-            raise PlanError(f"llama.cpp runs {arch.name} with sections of RoPE within a head of {width} columns")
-        found["rope.dimension_sections"] = np.array([*rope.get("mrope_section", positions.SECTIONS), 0][:4], np.int32)
+        found["rope.dimension_sections"] = positions.sections(rope.get("mrope_section", positions.SECTIONS), width)
     if arch.unwoven:
-        found["rope.dimension_sections"] = np.array([*config.mrope_section, 0][:4], np.int32)
+        turned = positions.columns(rope, width, arch)
+        found["rope.dimension_sections"] = positions.sections(config.mrope_section, turned // 2)
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
@@ -159,12 +158,13 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     keys = Metadata(file)
     arch = keys.architecture
     layers = keys.count("block_count") - keys.whole("nextn_predict_layers")
-    each = kinds.query_heads(keys, layers) if arch.attention else [0]
-    hidden, heads = keys.count("embedding_length"), each[0]
+    hidden = keys.count("embedding_length")
     vocab, columns = keys.shape("token_embd.weight")
     blocks = cycles.blocks(keys, layers)
     if columns != hidden or keys.layers != blocks:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {blocks} and {hidden}")
+    each = kinds.query_heads(keys, layers) if arch.attention else [0]
+    heads = each[0]
     if arch.unturned and keys.get("rope.scaling.finetuned", True):
         raise keys.wrong(f"its layers have RoPE, and {arch.cls} is read without")
     for key, value in arch.constants.items():

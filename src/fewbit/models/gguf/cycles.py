@@ -15,6 +15,8 @@ from typing import Any
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture
 
+_MOST = 512  # layers of a model of llama.cpp (LLAMA_MAX_LAYERS)
+
 
 def check(config: Any, arch: Architecture) -> None:
     """PlanError if config.json counts other runs of blocks than there are."""
@@ -31,7 +33,9 @@ def blocks(keys: Any, layers: int) -> int:
     if not arch.cycles:
         return layers
     length, high, low = (keys.count(arch.counts[key]) for key in arch.cycles)
-    if layers != (runs := _runs(length, high, low)):
+    if (runs := _runs(length, high, low)) > _MOST:
+        raise keys.wrong(f"its keys say that its blocks run {runs} times; llama.cpp runs at most {_MOST} layers")
+    if layers != runs:
         raise keys.wrong(f"its keys say that its blocks run {runs} times, and that it has {layers} layers")
     found: int = len(arch.layers) * length
     return found

@@ -96,11 +96,13 @@ class Keys:
             raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not {count} times true or false")
         return [bool(each) for each in value]
 
-    def wholes(self, key: str, least: int) -> list[int]:
-        """A list of at least so many integers from 0."""
+    def wholes(self, key: str, least: int, lowest: int = 0) -> list[int]:
+        """A list of at least so many integers from `lowest`."""
         value = self.get(key)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) < least or (value < 0).any():
-            raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not a list of {least} integers")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) < least:
+            raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not a list of at least {least} integers")
+        if (value < lowest).any():
+            raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, with numbers below {lowest}")
         return [int(each) for each in value]
 
     def shape(self, name: str, dimensions: int = 2) -> tuple[int, ...]:

@@ -100,6 +100,17 @@ def columns(rope: Mapping[str, Any], width: int, arch: Architecture) -> int:
     return found
 
 
+def sections(found: Any, most: int) -> np.ndarray[Any, Any]:
+    """The sections of RoPE for images as a file has them. PlanError unless they are of at most `most` columns."""
+    numbers = isinstance(found, list | tuple) and all(type(each) is int and each >= 0 for each in found)
+    if not numbers or len(found) != len(SECTIONS) or sum(found) > most:
+        raise PlanError(
+            f"mrope_section is {str(found)[:80]}, not {len(SECTIONS)} integers from 0 with a sum of at most {most}",
+            "Use the mrope_section of the original model's config.json.",
+        )
+    return np.array([*found, 0], np.int32)
+
+
 def turned_to_keys(bases: Sequence[float], key: str) -> dict[str, Any]:
     """The key that says which layers have RoPE. PlanError if none has, or if they have several bases.
 

@@ -47,7 +47,8 @@ class Opened:
 
 def is_tower(file: GgufFile) -> bool:
     """Whether a file has towers instead of a language model."""
-    return file.metadata.get("general.type") == "mmproj" or file.metadata.get("general.architecture") == "clip"
+    kinds = (("general.type", "mmproj"), ("general.architecture", "clip"))
+    return any(isinstance(found := file.metadata.get(key), str) and found == kind for key, kind in kinds)
 
 
 def _rows(path: Path) -> tuple[Keys, list[Tower]]:
@@ -65,7 +66,7 @@ def _rows(path: Path) -> tuple[Keys, list[Tower]]:
         has = "a tower for sound alone" if heard else "no tower for images"
         raise FormatError(f"{path} has {has}, and fewbit reads towers for images only", _ALONE)
     projector = keys.get("projector_type", keys.get("vision.projector_type"))
-    rows = [row for row in ROWS if row.projector == projector]
+    rows = [row for row in ROWS if isinstance(projector, str) and row.projector == projector]
     if not rows:
         why = UNREAD.get(projector, "") if isinstance(projector, str) else ""
         raise FormatError(
@@ -182,6 +183,8 @@ def _check_sizes(tower: Opened) -> None:
     blocks = {name.split(".")[2] for name in entries if name.startswith("v.blk.") and name.count(".") > 2}
     if (stated := keys.whole("vision.block_count")) != len(blocks):
         raise keys.wrong(f"clip.vision.block_count is {stated}, and it has tensors of {len(blocks)} blocks")
+    if "attention.head_count" in row.sizes.values():
+        keys.ratio("vision.embedding_length", "vision.attention.head_count")
     if "image_size" not in row.sizes:
         return
     if (side := keys.count("vision.image_size") // keys.count("vision.patch_size")) > _SIDE:

@@ -8,33 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, Tower
 
+_TILES = 64  # the most in a row of an image; published models have up to 10
 _OFFSETS = 4  # of the projectors that read one patch of each square of four
-
-
-def _signed(keys: Keys, key: str, count: int, least: int) -> list[int]:
-    """A list of so many integers."""
-    value = keys.get(key)
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or (count and len(value) != count):
-        raise keys.wrong(f"{keys.prefix}.{key} is {str(value)[:80]}, not a list of {count or 'any number of'} integers")
-    if (value < least).any():
-        raise keys.wrong(f"{keys.prefix}.{key} is {str(value)[:80]}, with numbers below {least}")
-    return [int(each) for each in value]
 
 
 def _granite(keys: Keys, spoken: Keys) -> Mapping[str, Any]:
     layers = keys.count("vision.block_count")
-    read = _signed(keys, "vision.feature_layer", 0, 0)
-    offsets = _signed(keys, "vision.projector.spatial_offsets", len(read), -1)
+    read = keys.wholes("vision.feature_layer", 1)
+    offsets = keys.wholes("vision.projector.spatial_offsets", len(read), -1)
     fed = dict.fromkeys(range(len(read)), 0)  # the first one is the embedding, so it feeds the first layer
-    fed |= {place: layer for layer, place in enumerate(_signed(spoken, "deepstack_mapping", 0, -1)) if place > 0}
+    fed |= {place: layer for layer, place in enumerate(spoken.wholes("deepstack_mapping", 1, -1)) if place > 0}
     spatial = {offset: place for place, offset in enumerate(offsets) if offset >= 0}
-    if sorted(spatial) != list(range(_OFFSETS)) or len({read[place] for place in spatial.values()}) != 1:
+    if (
+        len(offsets) != len(read)
+        or sorted(spatial) != list(range(_OFFSETS))
+        or len({read[place] for place in spatial.values()}) != 1
+    ):
         raise keys.wrong(f"clip.vision.projector.spatial_offsets is {offsets}, which fewbit does not read")
     if len(set(fed.values())) != len(read) or max(read) >= layers:
         raise keys.wrong(
@@ -62,9 +55,12 @@ def _granite(keys: Keys, spoken: Keys) -> Mapping[str, Any]:
 
 def _grid(keys: Keys) -> list[list[int]]:
     """Heights and widths of images that are cut into tiles."""
-    flat = keys.wholes("vision.image_grid_pinpoints", 2)
-    if len(flat) % 2 or min(flat) < 1:
-        raise keys.wrong(f"clip.vision.image_grid_pinpoints is {flat[:20]}, not pairs of integers above 0")
+    flat, tile = keys.wholes("vision.image_grid_pinpoints", 2, 1), keys.count("vision.image_size")
+    if len(flat) % 2 or any(each % tile or each > _TILES * tile for each in flat):
+        raise keys.wrong(
+            f"clip.vision.image_grid_pinpoints is {flat[:20]}, not pairs of sizes that {tile} divides, of at most "
+            f"{_TILES} tiles"
+        )
     return [[height, width] for width, height in zip(flat[::2], flat[1::2], strict=True)]
 
 

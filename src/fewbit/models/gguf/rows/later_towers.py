@@ -357,6 +357,8 @@ def _merges(keys: Keys) -> int:
 
 def _kimi(keys: Keys) -> Mapping[str, Any]:
     rows, columns, _ = keys.shape("v.position_embd.weight", 3)
+    if rows != columns:  # transformers takes positions of other places then
+        raise keys.wrong(f"v.position_embd.weight has {rows} x {columns} positions, which are no square")
     return {
         "projection_hidden_size": keys.count("vision.embedding_length"),
         "projection_layer_norm_eps": keys.real("vision.attention.layer_norm_epsilon"),
