@@ -26,6 +26,7 @@ _WATCHED = {
     "transformers.utils.quantization_config": "fewbit.models.plugin.patch_configs",
     "transformers.models.auto.tokenization_auto": "fewbit.models.plugin.patch_gguf_tokenizer",
     "transformers.models.auto.processing_auto": "fewbit.models.plugin.patch_processor",
+    "transformers.models.auto.modeling_auto": "fewbit.models.plugin.patch_auto_models",
     "transformers.models.gemma4.modeling_gemma4": "fewbit.models.plugin.patch_gemma4",
     "peft.tuners.lora.model": "fewbit.models.adapters.lora",
     "peft.peft_model": "fewbit.models.adapters.refit",

@@ -18,8 +18,8 @@ from transformers import configuration_utils
 if TYPE_CHECKING:
     from fewbit.formats.containers.gguf import GgufFile
 
-_LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-_USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not passed on as part of a config
+LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+_USED = {*LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not passed on as part of a config
 
 
 def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
 
     from fewbit.formats.containers import gguf_parts
 
-    local = {key: options[key] for key in _LOCATING if options.get(key) is not None}
+    local = {key: options[key] for key in LOCATING if options.get(key) is not None}
     path = cached_file(str(name), str(file), **local)
     assert path is not None  # cached_file raises an error if there is none
     if not os.path.isdir(str(name)):
