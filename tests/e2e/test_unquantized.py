@@ -111,6 +111,16 @@ def test_rows_that_no_cache_holds_are_left_to_pytorch(rows: list[int]) -> None:
     assert rows == ([1, 2] if fast else [1, 2, 3, 8])
 
 
+def test_plain_instructions_leave_16_bits_to_pytorch(llama: Path) -> None:
+    library: Any = native.library()
+    try:
+        library.fewbit_force(b"scalar")
+        assert not found(fb.load(llama, dtype=torch.bfloat16))
+    finally:
+        library.fewbit_force(None)
+    assert found(fb.load(llama, dtype=torch.bfloat16))
+
+
 def test_training_runs_its_own_code(llama: Path, rows: list[int]) -> None:
     model = fb.load(llama, dtype=torch.bfloat16)
     before = decoded(model)
