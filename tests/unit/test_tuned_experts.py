@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fewbit.api.end_to_end import files
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.source import locate
+from fewbit.nn.tuned import TunedLinear
 from fewbit.nn.tuned_experts import TunedExperts
 from fewbit.pipeline import tuning
 from fewbit.plans.plan import Plan, Rule
@@ -51,3 +53,19 @@ def test_a_step_is_that_of_each_expert_alone(kind: str, tmp_path: Path, monkeypa
     same = [float((tensors[name] == value).double().mean()) for name, value in alone.items()]
     assert min(same) > 0.97
     assert sum(same) / len(same) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "format"),
+    [("jetmoe", "int3-g16-sym", "compressed-tensors"), ("qwen3_moe", "nf4-b64", "bnb")],
+)
+def test_experts_computed_one_by_one_decode_their_own(kind: str, scheme: str, format: str, tmp_path: Path) -> None:
+    """Blocks of nf4 go on over rows of 32 columns: down cannot be trained as one weight there, gate and up could."""
+    model = architectures.save(tmp_path / "model", kind)
+    fewbit.quantize(model, tmp_path / "out", plan=Plan("plan", format, (Rule("*", scheme, "rtn"),)), progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*multiplied one expert at a time")
+        student, _, tensors = trained(tmp_path / "out")
+    assert tensors
+    assert any(isinstance(module, TunedLinear) for module in student.model.modules())
+    assert not any(isinstance(module, TunedExperts) for module in student.model.modules())

@@ -161,6 +161,10 @@ class SeparateExperts(nn.Module):
         groups: Groups | None = self.state["groups"]
         return groups
 
+    def products(self) -> list[Any]:
+        """The products that all experts share in a pass; none if they are computed one after the other."""
+        return [getattr(self.get_submodule("0"), leaf).product for leaf, *_ in self._stacks() or ()]
+
     def _find_stacks(self) -> tuple[Groups | None, list[Any]]:
         """The groups, and the dictionaries of the linears' hooks."""
         every = [
@@ -211,6 +215,9 @@ class SeparateExpertsBesideIdle(SeparateExperts):
 class SeparateSharedExperts(SeparateExperts):
     """For Inkling: every expert gets every token. Gate, up and down are three fused tensors."""
 
+    def products(self) -> list[Any]:
+        return []
+
     def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
         leaves = ("gate_proj", "up_proj", "down_proj")
         return leaves, tuple(Piece(leaf, "weight", leaf, slice(None), False) for leaf in leaves)
@@ -229,6 +236,9 @@ class SeparateSharedExperts(SeparateExperts):
 
 class SeparateProducts(SeparateExperts):
     """For JetMoe: one linear for each expert. The rows are sorted by expert."""
+
+    def products(self) -> list[Any]:
+        return []
 
     def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
         return ("linear",), (Piece("linear", "weight", "weight", slice(None), False),)

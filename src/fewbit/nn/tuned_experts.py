@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fewbit.nn.experts import ExpertSlice, QExperts
-from fewbit.nn.moved import MovedStack, stackable
+from fewbit.nn.moved import MovedStack
 from fewbit.schemes.base import QTensor
 
 
@@ -67,15 +67,13 @@ class TunedSlice:
         return self.linear.qtensor()
 
 
-def replace_experts(slices: Sequence[ExpertSlice], narrow: torch.dtype | None, unit: float) -> TunedExperts | None:
-    """Let the slices of one stacked weight compute with trained weights. None if a number belongs to several rows.
+def replace_experts(slices: Sequence[ExpertSlice], narrow: torch.dtype | None, unit: float) -> TunedExperts:
+    """Let the slices of one stacked weight compute with trained weights, which are `stackable`.
 
     narrow, unit: as in `MovedWeight`.
     """
     product: Any = slices[0].product
     whole: QExperts = product.linear
-    if not stackable(whole.of_expert(0)):
-        return None
     made = TunedExperts(whole, narrow, unit)
     for each in slices:
         if each.index == 0:

@@ -32,10 +32,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.models.blocks import find_blocks
+from fewbit.models.separated import SeparateExperts
 from fewbit.nn.experts import ExpertSlice
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
-from fewbit.nn.moved import MovedWeight
+from fewbit.nn.moved import MovedWeight, stackable
 from fewbit.nn.tuned import TunedEmbedding, TunedLinear, TunedWeight
 from fewbit.nn.tuned_experts import TunedExperts, TunedSlice, replace_experts
 from fewbit.pipeline.descent import Descent, Objective, Tell, descend
@@ -348,7 +349,7 @@ def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, Tune
     }
     found, frozen, checked = dict[str, TunedWeight | TunedSlice](), Counter[str](), dict[tuple[str, Any], str | None]()
     together: dict[tuple[str, int, str], TunedWeight] = {}
-    stacks = _tuned_experts(layers, files, checked) if codes else {}
+    stacks = _tuned_experts(model, layers, files, checked) if codes else {}
     for name in sorted(layers, key=lambda name: name in ties):  # the owner of a tied weight comes first
         layer, owner = layers[name], ties.get(name, name)
         if owner != name and isinstance(tied := found.get(owner), TunedWeight):
@@ -373,20 +374,29 @@ def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, Tune
 
 
 def _tuned_experts(
-    layers: Mapping[str, QLinear | QEmbedding], files: Files, checked: dict[tuple[str, Any], str | None]
+    model: nn.Module,
+    layers: Mapping[str, QLinear | QEmbedding],
+    files: Files,
+    checked: dict[tuple[str, Any], str | None],
 ) -> dict[int, TunedExperts]:
-    """Replace the stacked experts whose weights can all be trained. By the `id` of their product."""
+    """Replace stacked experts, in layers that multiply all at once and can train all. By the `id` of their product."""
     stacks: dict[int, dict[str, ExpertSlice]] = {}
     for name, layer in layers.items():
         if isinstance(layer, ExpertSlice):
             stacks.setdefault(id(layer.product), {})[name] = layer
     found: dict[int, TunedExperts] = {}
-    for key, slices in stacks.items():
-        types = {files.stored_type(name) for name in slices}
-        if len(types) > 1 or any(_why_not(name, layer, files, checked) for name, layer in slices.items()):
-            continue
-        if (made := replace_experts(list(slices.values()), types.pop(), _UNIT)) is not None:
-            found[key] = made
+    for module in model.modules():
+        # If one stack could not be trained as a whole, experts would run one by one, and each would decode all others.
+        products = module.products() if isinstance(module, SeparateExperts) else []
+        own = [stacks[id(product)] for product in products]
+        types = [{files.stored_type(name) for name in slices} for slices in own]
+        if (
+            all(len(each) == 1 for each in types)
+            and all(stackable(next(iter(slices.values())).qtensor()) for slices in own)
+            and not any(_why_not(name, each, files, checked) for slices in own for name, each in slices.items())
+        ):
+            for product, slices, (narrow,) in zip(products, own, types, strict=True):
+                found[id(product)] = replace_experts(list(slices.values()), narrow, _UNIT)
     return found
 
 
