@@ -143,6 +143,16 @@ def test_a_damaged_state_is_not_read(tmp_path: Path) -> None:
     assert Problem().run(Optimization(steps=20), saved).steps == 20
 
 
+@pytest.mark.usefixtures("often")
+def test_a_state_of_other_parameters_is_not_read(tmp_path: Path) -> None:
+    wanted, saved = Optimization(steps=40), tmp_path / "state.safetensors"
+    Problem().run(wanted, saved)
+    other = nn.Parameter(torch.zeros(1))  # to which the values of another shape could be broadcast
+    state = descent._State([other], wanted)
+    assert not state.load(saved)
+    assert state.step == 0
+
+
 def test_numbers_that_are_not_finite_are_errors() -> None:
     problem = Problem()
     with pytest.raises(NumericsError, match="before any step"):

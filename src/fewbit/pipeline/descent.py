@@ -143,6 +143,8 @@ class _State:
             tensors, metadata = read_file(path)
             state = json.loads(metadata["state"])
             values = [(tensors[f"{i}.value"], tensors[f"{i}.best"]) for i in range(len(self.parameters))]
+            if any(value.shape != own.shape for own, (value, _) in zip(self.parameters, values, strict=True)):
+                return False
             self.step, (self.best_step, self.best_loss) = state["step"], state["best"]
             self.history = [(step, loss) for step, loss in state["history"]]
         except (FormatError, ValueError, KeyError, TypeError):

@@ -190,7 +190,7 @@ class Decoder:
                 self.cache.reset()
         else:
             self.kept = 0
-            self.graph = self.loop = self.quick = None  # they hold the old cache
+            self.cache = self.graph = self.loop = self.quick = None  # before the new cache takes memory
             made = static(self.model, self.room) if self.static else None
             self.cache, self.key = made or reserved(self.model, self.room), key
         self.used = self.kept
