@@ -20,6 +20,7 @@ from fewbit.formats.containers.imatrix import Importance
 from fewbit.models.describe import describe
 from fewbit.models.source import locate
 from fewbit.pipeline import write_gguf
+from fewbit.pipeline.progress import Step
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Plan, Rule, find
 from fewbit.schemes.base import parse
@@ -352,3 +353,15 @@ def test_a_killed_run_goes_on(model: Path, place: Path, wanted: Calibration, mon
 def test_every_mixture_has_schemes_that_can_be_written() -> None:
     for name, mixture in mixtures.MIXTURES.items():
         assert str(parse(mixture.base)) == mixture.base, name
+
+
+def test_progress_counts_blocks_apart(model: Path, tmp_path: Path, wanted: Calibration) -> None:
+    """The embeddings and the head are no blocks, and an importance matrix has no errors."""
+    steps, measured = list[Step](), list[Step]()
+    quantize.quantize(model, tmp_path / "m.gguf", plan="q4_0", calibration=wanted, progress=steps.append)
+    counted = [("block", 1, 3), ("block", 2, 3), ("block", 3, 3)]
+    outside = [("embeddings and head", 1, 2), ("embeddings and head", 2, 2)]
+    assert [(step.what, step.done, step.total) for step in steps] == [*counted, *outside]
+    quantize.imatrix(model, tmp_path / "i.gguf", calibration=wanted, progress=measured.append)
+    assert [(step.what, step.done, step.total) for step in measured] == counted
+    assert {step.error for step in measured} == {None}

@@ -85,6 +85,16 @@ def test_off_a_terminal_blocks_are_lines(said: io.StringIO) -> None:
     assert second.endswith("0 s left")
 
 
+def test_what_is_no_block_is_counted_apart(said: io.StringIO) -> None:
+    with progress.blocks(True) as step:
+        step(Step(1, 1, None, resumed=False))
+        step(Step(1, 1, 0.5, resumed=False, what="embeddings and head"))
+    first, second = said.getvalue().splitlines()
+    assert first.startswith("block 1/1  ")
+    assert "error" not in first
+    assert second.startswith("embeddings and head 1/1  output error 5.00e-01")
+
+
 @KINDS
 def test_off_a_terminal_the_first_and_last_are_lines(kind: str, said: io.StringIO) -> None:
     work(kind, 200, True)

@@ -75,7 +75,6 @@ def _all_blocks(
     skeleton, reports = settled.skeleton, list[TensorReport]()
     replayed = tuning is not None or (inputs.importance is None and settled.need > Need.NOTHING)
     rounded_only = tuning is None and settled.need == Need.NOTHING
-    total = len(skeleton.blocks) + len(settled.outside)
     hidden: list[Tensor] = []
     original: Original | None = None
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
@@ -84,14 +83,15 @@ def _all_blocks(
         hidden, calls = captured(skeleton, inputs, compares=compares)
         original = original_of(inputs, hidden) if compares else None
 
-    def add(new: list[TensorReport], saved: object) -> None:
+    def add(new: list[TensorReport], saved: object, done: int, total: int, what: str = "block") -> None:
         reports.extend(new)
-        progress(Step(index + 1, total, _mean_error(new), saved is not None, new[0].gain if new else None))
+        progress(Step(done, total, _mean_error(new), saved is not None, new[0].gain if new else None, what))
 
+    count = len(skeleton.blocks)
     for index, name in enumerate(skeleton.blocks):
         saved = run.load(index)
         if saved is not None and not replayed:
-            add(saved[1], saved)
+            add(saved[1], saved, index + 1, count)
             continue
         with skeleton.materialized(name, as_stored=rounded_only) as module:
             block = Block(skeleton, name, module, calls[name], hidden, original)
@@ -106,11 +106,12 @@ def _all_blocks(
                 restore(settled, block, saved[0])
             if name != skeleton.blocks[-1]:
                 block.replay()
-        add(new, saved)
-    for index, assignment in enumerate(settled.outside, len(skeleton.blocks)):
+        add(new, saved, index + 1, count)
+    for done, assignment in enumerate(settled.outside, 1):
+        index = count + done - 1
         saved = run.load(index)
         new = saved[1] if saved is not None else _save(run, index, _quantize_outside(settled, assignment))
-        add(new, saved)
+        add(new, saved, done, len(settled.outside), "embeddings and head")
     return reports
 
 

@@ -256,7 +256,7 @@ def _measured(job: Job, choice: Choice, found: Costs, texts: Texts, tell: Told) 
         known = fingerprint(settled, texts.inputs, machine.versions())
 
         def told(step: Step, what: str = f"block, output {number} of {len(_MEASURED)} to measure") -> None:
-            tell(step.done, step.total, what=what)
+            tell(step.done, step.total, what=what.replace("block", step.what))
 
         def measure(settled: Settled = settled, known: str = known, told: Progress = told) -> float:
             with Run(known) as run:

@@ -107,5 +107,5 @@ def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str,
             stats |= gather(block, dict.fromkeys(skeleton.linears(name), Need.MEAN_SQUARE), alike=True)
             if name != skeleton.blocks[-1]:
                 block.replay()
-        progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
+        progress(Step(index + 1, len(skeleton.blocks), None, False))
     return stats

@@ -192,10 +192,12 @@ def blocks(progress: bool | Callable[[Step], None] | None) -> Iterator[Callable[
     with _bar("block", progress) as bar:
 
         def tell(step: Step) -> None:
-            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
+            state = "" if step.error is None else f"output error {step.error:.2e}"
+            if step.resumed:
+                state = "found, from an interrupted run"
             if step.gain is not None and not step.resumed:
                 state += f", tuned {-step.gain:+.1%}" if step.gain else ", not better by tuning"
-            bar(step.done, step.total, state, step.resumed)
+            bar(step.done, step.total, state, step.resumed, step.what)
 
         yield tell
 
