@@ -13,6 +13,7 @@ from torch import Tensor
 from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
 from fewbit.models import blocks, stored
+from fewbit.models.gguf import header as gguf_header
 from fewbit.models.gguf import kinds
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
@@ -169,7 +170,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         what = "an encoder" if getattr(config, "is_encoder_decoder", False) else "a vision or audio tower"
         raise PlanError(
             f"{kind} has {what}, and a GGUF file holds a language model alone",
-            "Use a plan for another format.",
+            gguf_header.OTHER,
         )
     routes = gguf_names.routes(config)
     arch = gguf_names.architecture(config)
@@ -178,7 +179,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
     if unknown := [name for name in [*linears, *outside] if f"{name}.weight" not in routes]:
         raise PlanError(
             f"GGUF has no name for {unknown[0]} of a model of type {config.model_type!r}",
-            "Use a plan for another format.",
+            gguf_header.OTHER,
         )
     return mixtures.Model(
         arch=arch.name,

@@ -22,7 +22,7 @@ from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import conversions, scales
 from fewbit.models.gguf import names as gguf_names
-from fewbit.models.gguf.header import Header, extra_tensors
+from fewbit.models.gguf.header import Header, advised, extra_tensors
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
@@ -62,6 +62,7 @@ class Planned:
     more: tuple[Planned, ...] = ()
 
 
+@advised()
 def planned(settled: Settled) -> list[Planned]:
     """The model's tensors in the file, in the file's order."""
     skeleton, resolved = settled.skeleton, settled.resolved

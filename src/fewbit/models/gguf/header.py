@@ -14,6 +14,8 @@ tied embeddings, only `token_embd.weight` is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import Entry
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import kinds, names, positions, tokenizer_check, tokenizer_source
@@ -50,6 +53,19 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     return {**positions.extra_tensors(config), **kinds.extra_tensors(config, names.architecture(config))}
 
 
+OTHER = "Use a plan for another format, such as w4a16 or gptq-4bit."
+
+
+@contextmanager
+def advised() -> Iterator[None]:
+    """Errors for what a GGUF file cannot express name other formats, unless they have a hint of their own."""
+    try:
+        yield
+    except PlanError as error:
+        raise error if error.hint else PlanError(error.message, OTHER) from error.__cause__
+
+
+@advised()
 def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
     """The header for a config and a tokenizer of transformers. PlanError if a GGUF file cannot store them.
 
