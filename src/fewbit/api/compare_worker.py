@@ -56,7 +56,7 @@ def quantize(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
         "what": ", ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.most_common()),
         "quantizing": asdict(comparison.Quantizing(done.seconds, _peak(before))),
         "errors": {t.module: t.error for t in done.tensors},
-        "notes": [*done.notes, *(f"{note} ({count} tensors)" for note, count in few.items())],
+        "notes": [*done.notes, *(f"{note} ({count} tensor{'s' * (count != 1)})" for note, count in few.items())],
     }
 
 

@@ -149,7 +149,7 @@ def _facts(record: Mapping[str, Any]) -> Iterator[str]:
         schemes = Counter(f"{t['scheme']} by {t['method']}" for t in record["tensors"])
     else:
         schemes = Counter(done.get("schemes", {}))
-    yield from (f"| {count} tensors | {what} |" for what, count in schemes.items())
+    yield from (f"| {count} tensor{'s' * (count != 1)} | {what} |" for what, count in schemes.items())
     if "bits_per_weight" in record:
         yield f"| bits per quantized weight | {record['bits_per_weight']:.3f} |"
     if "share" in record:

@@ -315,7 +315,7 @@ def inspection(i: Inspection) -> None:
     table.add_row("architecture", i.architecture)
     table.add_row("format", i.format or "not quantized")
     for scheme, count in i.schemes.items():
-        table.add_row("scheme", f"{scheme} in {count} tensors")
+        table.add_row("scheme", f"{scheme} in {count} tensor{'s' * (count != 1)}")
     table.add_row("parameters", f"{i.parameters:,}, of which {share(i.share)} are quantized")
     table.add_row("weights", f"{size(i.weights_bytes)} at rest, {size(i.file_bytes)} in files")
     table.add_row("bits per weight", f"{i.bits_per_weight:.3f} over the whole model")

@@ -132,7 +132,7 @@ def claimed(out: Path) -> Iterator[None]:
     place = cache_folder() / "outputs" / sha256(os.fsencode(out.resolve())).hexdigest()[:32]
 
     def taken() -> None:
-        raise PlanError(f"another process is making {out}", f"Wait until it has ended. {ANOTHER}")
+        raise PlanError(f"another process is making {out}", "Wait until it has ended, or give another `out`.")
 
     with locks.alone(place, taken):
         try:
