@@ -47,9 +47,9 @@ def entries(family: str) -> dict[str, Any]:
 
 
 def get(family: str, name: str) -> Any:
-    """The entry `name` of a family. Raises PlanError with the closest names if there is none."""
+    """The entry `name` of a family, in any case. Raises PlanError with the closest names if there is none."""
     known = entries(family)
-    if name not in known:
+    if (name := name.lower()) not in known:
         raise unknown(family[:-1], name, known)
     return known[name]
 
@@ -61,8 +61,18 @@ def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
 
 def near(name: str, known: Iterable[str]) -> str:
     """A hint with the known names that are closest to `name`; with all of them if none is close."""
-    known = sorted(known)
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    ratios = {each: difflib.SequenceMatcher(None, name, each).ratio() for each in found}
-    close = [each for each in found if ratios[each] > max(ratios.values()) - 0.15]
+    known, name = sorted(known), name.lower()
+    ratios = {each: difflib.SequenceMatcher(None, name, each.lower()).ratio() for each in known}
+    edits = {each: _edits(name, each.lower()) for each, ratio in ratios.items() if ratio >= 0.6}
+    close = sorted((each for each in edits if edits[each] == min(edits.values())), key=lambda each: -ratios[each])[:3]
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+
+
+def _edits(one: str, other: str) -> int:
+    """The fewest characters to insert, delete or replace that make `one` of `other` (Levenshtein's distance)."""
+    row = list(range(len(other) + 1))
+    for i, here in enumerate(one, 1):
+        before, row = row, [i]
+        for j, there in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (here != there)))
+    return row[-1]

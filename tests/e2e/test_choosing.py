@@ -61,6 +61,7 @@ def test_recommend(fewbit: Fewbit) -> None:
         (("recommend", "tiny", "--for", "serving", "--speed", "last"), "Only --speed first", 2),
         (("recommend", "tiny", "--for", "quality", "--memory", "1MB"), "nothing fits 1 MB", 2),
         (("recommend", "tiny", "--for", "quality", "--report", "README.md"), "not a report of fewbit compare", 3),
+        (("recommend", "tiny", "--for", "chat"), "unknown purpose 'chat'\n  Purposes: experiment (quick ", 2),
         (("estimate", "tiny", "--plan", "q4km"), "unknown plan", 2),
         (("estimate", "/nowhere"), "no such folder", 2),
     ],

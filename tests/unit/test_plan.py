@@ -17,7 +17,7 @@ from fewbit.methods.gptq import GPTQ
 from fewbit.methods.rtn import RoundToNearest
 from fewbit.names import in_short
 from fewbit.plans.mixtures import MIXTURES, Model
-from fewbit.plans.plan import PRESETS, Plan, Rule, find, resolve
+from fewbit.plans.plan import PRESETS, Plan, Rule, find, find_all, resolve
 from fewbit.schemes.base import parse
 
 SHAPES = {
@@ -225,6 +225,39 @@ def test_a_rule_that_names_nothing_known(rule: Rule, told: str) -> None:
         resolve(plan_of(rule), SHAPES)
 
 
+def test_names_may_be_in_any_case() -> None:
+    """llama.cpp writes its types in capitals."""
+    assert find("Q4_K_M") is find("q4_k_m")
+    assert find_all(["W4A16", "Original"], but="original") == {"w4a16": find("w4a16"), "original": None}
+    assert parse("INT4-G64-SYM") == parse("int4-g64-sym")
+    given = find("gptq-4bit").changed(scheme="Q4_K", method="RTN", format="GGUF")
+    assert given == find("gptq-4bit").changed(scheme="q4_k", method="rtn", format="gguf")
+    written = {
+        "name": "x",
+        "format": "GGUF",
+        "rules": [{"match": "*", "scheme": "MIXTURE:Q4_K_M", "method": "Imatrix"}],
+    }
+    assert Plan.from_json(written).rules == find("q4_k_m").rules
+    assert registry.get("kernels", "CPU") is registry.get("kernels", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [("int4-g64-sim", "int4-g64-sym"), ("int4_g32", "int4-g32"), ("nf4-b128-qd", "nf4-b128-dq"), ("Q4K", "q4_k")],
+)
+def test_a_misspelled_scheme_gets_the_nearest_of_all(spec: str, near: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        parse(spec)
+    assert raised.value.hint == f"Did you mean {near}?"
+
+
+@pytest.mark.parametrize(("group", "near"), [(100, 128), (60, 64), (90, 64), (600, 256)])
+def test_a_size_of_groups_gets_the_nearest_that_fits(group: int, near: int) -> None:
+    with pytest.raises(PlanError) as raised:
+        resolve(plan_of(Rule("*", f"int4-g{group}-sym")), {"one": (256, 256), "two": (256, 768)})
+    assert raised.value.hint == f"The scheme int4-g{near}-sym fits every tensor."
+
+
 def test_unknown_formats_and_plans_get_the_nearest_names() -> None:
     with pytest.raises(PlanError, match="gptq"):
         resolve(Plan("test", "gptg", (Rule("*", "int4-g64"),)), SHAPES)
@@ -295,7 +328,7 @@ def test_json_of_another_kind_is_refused(lie: Any) -> None:
         ({"options": {"damp": 7}}, ("'7'", "0 to 1")),
         ({"options": [1]}, ("options is [1]",)),
         ({"method": "gtpq"}, ("unknown method 'gtpq'", "Did you mean gptq")),
-        ({"scheme": "int4-g64-symm"}, ("int4-g64-symm", "int4-g128-sym")),
+        ({"scheme": "int4-g64-symm"}, ("int4-g64-symm", "Did you mean int4-g64-sym?")),
         ({"scheme": "mixture:q4_k_x"}, ("unknown mixture 'q4_k_x'", "q4_k_m")),
         ({"scheme": 4}, ("scheme is 4",)),
     ],
@@ -342,7 +375,7 @@ def test_one_cause_in_many_tensors_is_one_line() -> None:
     assert "[576 x 576, 192 x 576, 1536 x 576]: " in alike
     assert alone.startswith("  model.layers.3.mlp.down_proj [576 x 1500]: ")
     (note,) = resolve(find("gptq-4bit"), LARGE | {f"m.{i}.x": (512, 100) for i in range(5)}).notes
-    assert note.startswith("m.0-4.x stays as it is: ")
+    assert note.startswith("m.0-4.x stay as they are: ")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def _kernel(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise invalid(name, value, "a kernel by its name (fewbit list)")
     registry.get("kernels", value)
-    return value
+    return value.lower()
 
 
 def _fuse(name: str, value: Any) -> int | bool:

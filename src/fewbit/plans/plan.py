@@ -44,6 +44,11 @@ class Rule:
     method: str = "rtn"
     options: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("scheme", "method"):  # in any case, such as llama.cpp's Q4_K
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, value.lower())
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +64,9 @@ class Plan:
     rules: tuple[Rule, ...]
     adapt: bool = False
     activations: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", self.format.lower())
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object, for `from_json`."""
@@ -92,6 +100,7 @@ class Plan:
 
         If `scheme` is given, its group size is used as it is: the copy does not `adapt`.
         """
+        scheme, method, format = (each and each.lower() for each in (scheme, method, format))
         if format is not None:
             registry.get("formats", format)
         rules = tuple(
@@ -221,12 +230,12 @@ PRESETS: dict[str, Plan] = {
 
 
 def find(name: str) -> Plan:
-    """The preset called `name`, or the plan in the JSON file `name`. PlanError if there is neither.
+    """The preset called `name`, in any case, or the plan in the JSON file `name`. PlanError if there is neither.
 
     The file may also be the record of an output (`fewbit.json`), or the JSON of a preview.
     """
-    if name in PRESETS:
-        return PRESETS[name]
+    if name.lower() in PRESETS:
+        return PRESETS[name.lower()]
     if name.endswith(".json"):
         try:
             data = read_json(Path(name))
@@ -254,6 +263,8 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
     unknown, hints = [], dict[str, None]()
     for name in names:
         path = Path(name).expanduser()
+        if name.lower() in (but, *PRESETS) and not path.exists():
+            name = name.lower()
         if name not in (but, *PRESETS) and path.suffix != ".json" and path.exists():
             found[path.name if path.name not in found else name] = path
             continue
@@ -442,7 +453,7 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
         for m, a in wanted.items()
         if m not in fitting
     }
-    notes = [f"{in_short(modules)} stays as it is: {why}" for why, modules in by_reason(left).items()]
+    notes = [f"{in_short(modules)} {_stay(modules)}: {why}" for why, modules in by_reason(left).items()]
     common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
     asked = {a.scheme.group for a in fitting.values()}
     if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
@@ -453,6 +464,10 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
         )
         fitting = {m: replace(a, scheme=a.scheme.with_group(group)) for m, a in fitting.items()}
     return fitting, notes
+
+
+def _stay(modules: Sequence[str]) -> str:
+    return "stays as it is" if len(modules) == 1 else "stay as they are"
 
 
 def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import inf, log2
 
 from fewbit.errors import PlanError
 from fewbit.formats.base import Format, Stored, storing
@@ -55,8 +56,13 @@ def _instead(refused: Mapping[str, str], wanted: Mapping[str, Stored], format: F
         lines = [f"Formats that store {scheme}: {', '.join(others)}." for scheme, others in never.items()]
         return " ".join([*lines, "Choose one of them, or another scheme."])
     for scheme in sorted({stored.scheme for stored in wanted.values()}, key=str):
-        for group in _GROUPS:
+        for group in sorted(_GROUPS, key=lambda group: _steps(group, scheme.group)):
             tried = scheme.with_group(group)
             if not any(format.why_not(stored.shape, tried) for stored in wanted.values()):
                 return f"The scheme {tried} fits every tensor."
     return "No other group size fits: use another scheme or format, or exclude tensors with a plan file."
+
+
+def _steps(group: int, requested: int) -> float:
+    """How far a group size is from the requested one, in doublings. The whole row (0) comes last."""
+    return abs(log2(group / (requested or _GROUPS[0]))) if group else inf

@@ -54,7 +54,6 @@ from fewbit.schemes.base import (
     Uniform,
     check_values,
     chunk_rows,
-    parse_group,
     refit_scales,
     search_scales,
     shares,
@@ -135,7 +134,7 @@ class Affine(Scheme):
         match = re.fullmatch(r"int(\d+)-(g\d+|row)(-sym)?(-bf16)?", spec)
         if match is None:
             return None
-        width, group = int(match[1]), parse_group(match[2], spec)
+        width, group = int(match[1]), 0 if match[2] == "row" else int(match[2][1:])
         if not 2 <= width <= 8:
             raise PlanError(f"scheme {spec!r}: {width} bits", "Integers of 2 to 8 bits exist: int2 ... int8.")
         if group and not 16 <= group <= 1024:

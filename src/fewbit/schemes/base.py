@@ -11,9 +11,9 @@ A method chooses codes. It knows nothing of a scheme but this interface.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, isfinite, prod
@@ -472,8 +472,8 @@ class QTensor:
 
 
 def parse(spec: str) -> Scheme:
-    """The scheme that `spec` names, such as `int4-g128-sym`. PlanError with the known ones if there is none."""
-    families, refusal = registry.entries("schemes"), None
+    """The scheme that `spec` names in any case, such as `int4-g128-sym`. PlanError with the closest ones."""
+    families, refusal, spec = registry.entries("schemes"), None, spec.lower()
     for family in families.values():
         try:
             scheme = family.from_spec(spec)
@@ -486,13 +486,14 @@ def parse(spec: str) -> Scheme:
     if refusal is not None:
         raise refusal
     examples = [example for family in families.values() for example in family.examples]
-    raise registry.unknown("scheme", spec, examples)
+    if (unknown := registry.unknown("scheme", spec, examples)).hint.startswith("Known"):
+        raise unknown
+    raise registry.unknown("scheme", spec, {*examples, *_spellings(examples)})
 
 
-def parse_group(text: str, spec: str) -> int:
-    """The group size of `g128` (128) or `row` (0). PlanError that names `spec` for anything else."""
-    if text == "row":
-        return 0
-    if match := re.fullmatch(r"g(\d+)", text):
-        return int(match[1])
-    raise PlanError(f"scheme {spec!r}: {text!r} is not a group size", "Write g16 to g1024, or row for the whole row.")
+def _spellings(examples: Iterable[str]) -> Iterator[str]:
+    """The schemes that differ from the examples in their width or in the size of their groups."""
+    for scheme in (other for example in examples for other in parse(example).widths((256, 256))):
+        for name in {str(scheme.with_group(group)) for group in (16, 32, 64, 128, 256)}:
+            with suppress(PlanError):
+                yield str(parse(name))
