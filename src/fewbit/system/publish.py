@@ -200,7 +200,11 @@ def published(
             made = staging / real.name if file else staging
             yield made
             made_of = [made] if parts is None else parts.split(made)
+            mode = staging.stat().st_mode & 0o666  # that of a new file, by the umask
             for path in [*staging.rglob("*"), staging]:
+                if path.is_file():  # some writers make temporary files, which only their owner can read
+                    with suppress(OSError):  # some file systems have no modes
+                        path.chmod(mode)
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
