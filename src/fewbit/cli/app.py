@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import io
 import os
+import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -42,6 +44,8 @@ app = typer.Typer(
 )
 
 _TOGETHER = (*ranks.SHARED, "generate")  # commands that torchrun processes do together
+_SIGNALS = ("SIGTERM", "SIGHUP")  # Windows lacks the second
+_INTERRUPTED = (129, 130, 143)  # exit codes after SIGHUP, Ctrl-C (typer returns it) and SIGTERM
 _SHARED = (*_TOGETHER, "run")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
@@ -138,11 +142,27 @@ def _usage(arguments: list[str], message: str) -> str:
     return f"{hint}fewbit {command} --help shows how it is used."
 
 
+def _ended(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C: what is unfinished is removed. A second signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _end_cleanly(arguments: list[str]) -> None:
+    """Let SIGTERM and SIGHUP end the command by `_ended`, unless it handles signals itself or they are ignored."""
+    if arguments[:1] in (["run"], ["serve"]) or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    for name in _SIGNALS:
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _ended)
+
+
 def main() -> None:
     """The console script. A FewbitError prints as one or two lines and sets the exit code."""
     arguments, debug = _given(sys.argv[1:])
     if arguments[:1] != ["run"]:
         _quiet()
+    _end_cleanly(arguments)
     warnings.showwarning = _note
     for stream in (sys.stdout, sys.stderr):  # escape characters that the locale's encoding lacks; do not crash
         if isinstance(stream, io.TextIOWrapper):
@@ -154,10 +174,13 @@ def main() -> None:
             if arguments[:1] == ["quantize"]:
                 command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
                 arguments[1:], options = method_flags(command, arguments[1:])
-            code = app(arguments, obj=options, standalone_mode=False)
-        if code == 130:  # typer returns this for an interrupted command
+            try:
+                code = app(arguments, obj=options, standalone_mode=False)
+            except SystemExit as ended:  # by a signal
+                code = ended.code
+        if code in _INTERRUPTED:
             resumes = (
-                "; the same command resumes where it stopped"
+                "; the same command resumes at the last saved step"
                 if arguments[:1] in (["quantize"], ["compare"], ["tune"])
                 else ""
             )
