@@ -94,6 +94,11 @@ def test_it_learns_and_tells_what_it_did(
     assert "held out, after" in shown.out
 
 
+def test_others_can_read_the_adapter_as_its_other_files(adapter: Path) -> None:
+    modes = {file.name: file.stat().st_mode & 0o777 for file in adapter.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"] == adapter.stat().st_mode & 0o666
+
+
 def test_the_losses_it_tells_are_those_of_the_files(quantized: Path, text: Path, place: Path) -> None:
     tuning = Tuning(length=32, batch=3, steps=3, learning_rate=0.01, held_out=0.2)
     done = package.finetune(quantized, place, data=str(text), tuning=tuning)
@@ -477,7 +482,7 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
     assert packed or "draft/" in done.notes[1]
 
 
-MERGING = ["adding", "block", "writing", "window"]  # first words of the lines; slow work has more lines
+MERGING = ["adding", "block", "writing", "checking", "window"]  # first words of the lines; slow work has more lines
 
 
 def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, place: Path, fewbit: Fewbit) -> None:

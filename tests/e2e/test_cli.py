@@ -215,7 +215,7 @@ def test_quantize_says_what_it_did(model: Path, few: tuple[object, ...], fewbit:
     assert answer.code == 0
     for words in ("note: groups of 32", "bits per quantized weight", "4.500", "x smaller", "Reopened and checked"):
         assert words in answer.out
-    assert [line.split()[0] for line in answer.err.splitlines()] == ["block", "block", "writing"]
+    assert [line.split()[0] for line in answer.err.splitlines()] == ["block", "block", "writing", "checking"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("plan `gptq-4bit`", "int4-g32-sym", "4 x 32 tokens"):
         assert words in card

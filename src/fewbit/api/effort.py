@@ -147,7 +147,7 @@ class Finish:
         """`split` and its entry in the record, with texts that the original writes to train on; and notes."""
         source, (count, length) = self.job.source, self.tokens.shape
         tokenizer = load_tokenizer(source, trust_remote_code=self.loading.trust_remote_code)
-        with report_progress.phase(f"texts of {source.name}", self.progress):
+        with report_progress.phase(f"writing texts with {source.name}", self.progress):
             try:
                 own = written(load.first(), tokenizer, self.how.written * count, length, split.seed)
             except PlanError as error:

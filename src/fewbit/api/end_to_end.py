@@ -120,7 +120,7 @@ def trained(source: Source, files: Files, phase: Phase, known: Sequence[Any]) ->
     """
     split, loading, progress = phase.split, phase.loading, phase.progress
     with _resumable(known, split) as (folder, forget):
-        with report_progress.phase(f"predictions of {phase.original.name}", progress):
+        with report_progress.phase(f"computing predictions of {phase.original.name}", progress):
             truth = tuning.Original(phase.load, split.tokens, folder)
         packed = load_model(source, loading, for_text=True)
         before = tuning.divergence(packed, truth, split.held)

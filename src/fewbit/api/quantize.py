@@ -229,7 +229,8 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
                     _write(place, job, run, header, record)
 
             with publish.published(out, overwrite=wanted.overwrite, file=file, kept=_KEPT, parts=parts) as place:
-                written = _write(place, job, run, header, record)
+                with report_progress.phase(f"writing {out.name}", progress):
+                    written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
                 if tuning is not None:
@@ -243,7 +244,8 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
                         rewrite(place)
                     done = replace(done, notes=list(record["notes"]))
                 opened = partial(_reopened, place, tokenizer, job.settled.skeleton.on_text, wanted.trust_remote_code)
-                sample, notes = _checked(place, written, device, opened)
+                with report_progress.phase(f"checking {out.name}", progress):
+                    sample, notes = _checked(place, written, device, opened)
                 if wanted.measured is not None:
                     record |= wanted.measured(place)
                     rewrite(place)
@@ -260,8 +262,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
                 notes=[*done.notes, *notes],
             )
 
-        with report_progress.phase(f"writing {out.name}", progress):
-            return ranks.run_on_first(published)
+        return ranks.run_on_first(published)
 
 
 @dataclass(frozen=True)
