@@ -35,7 +35,10 @@ class Problem:
         return float((self.x.detach() - self.goal).square().sum())
 
     def run(self, wanted: Optimization, saved: Path | None = None) -> Descent:
-        return descend(Objective([self.x], self.gradient, self.held_out), wanted, lambda *_: None, saved)
+        return descend(Objective([self.x], self.gradient, self.held_out), wanted, self.tell, saved)
+
+    def tell(self, done: int, total: int, loss: float) -> None:
+        self.told = done, total, loss
 
 
 def test_it_finds_the_minimum_and_says_when() -> None:
@@ -54,6 +57,7 @@ def test_the_best_state_is_kept_not_the_last() -> None:
     done = problem.run(Optimization(steps=60, learning_rate=2e-3))
     assert 0 < done.best < done.steps
     assert done.after == problem.held_out() < done.history[-1][1]
+    assert problem.told == (done.steps, 60, done.history[-1][1])  # what was measured last
 
 
 def test_without_a_better_state_nothing_changes() -> None:
@@ -63,6 +67,7 @@ def test_without_a_better_state_nothing_changes() -> None:
     assert done.best == 0
     assert done.after == done.before == 0
     assert done.steps == 21  # a third of the steps, at the next measurement
+    assert problem.told == (21, 60, done.history[-1][1])
 
 
 def test_the_learning_rate_warms_up_and_falls_to_0() -> None:

@@ -268,3 +268,16 @@ def test_the_time_left_counts_only_what_was_computed() -> None:
     tell(2, 4)
     assert "left" not in lines[0]
     assert lines[1] == "block 2/4  20 s elapsed, 40 s left"
+
+
+def test_tuning_counts_its_time_from_where_it_resumed(said: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.Lines.__init__, "__defaults__", (lambda: now, True))
+    with progress.tuning(True) as tell:
+        tell(75, 300, 0.5)
+        now = 20.0
+        tell(80, 300, 0.5)
+    assert said.getvalue().splitlines() == [
+        "step 75/300  held-out KL 0.5, found, from an interrupted run  0 s elapsed",
+        "step 80/300  held-out KL 0.5  20 s elapsed, 14 min 40 s left",
+    ]

@@ -20,7 +20,7 @@ from fewbit.pipeline.run import TensorReport
 from fewbit.plans.catalogue import Entry
 from fewbit.report import card as report_card
 from fewbit.report import text as report_text
-from fewbit.report.results import Evaluation, Quantized
+from fewbit.report.results import Evaluation, Quantized, Tuned
 
 
 @pytest.fixture
@@ -150,9 +150,39 @@ def test_an_evaluation_for_people(shown: io.StringIO) -> None:
         "113 MB",
         "4.250",
         "1.23 GB",
+        "of this evaluation, both models held",
         "1 min 15 s",
     ):
         assert words in text
+
+
+def test_tuning_that_stopped_early_says_why(shown: io.StringIO) -> None:
+    done = Tuned(
+        out="tuned",
+        model="out",
+        reference="tiny",
+        notes=[],
+        text="pydoc",
+        tokens=100,
+        held_out_tokens=10,
+        steps=3,
+        planned=5,
+        best=1,
+        before=0.2,
+        after=0.1,
+        weights=1,
+        gains=1,
+        trained=2,
+        moved=None,
+        seconds=1.0,
+        peak=1,
+        gpu_peak=0,
+    )
+    report_text.tuned(done)
+    report_text.tuned(replace(done, steps=5))
+    early, whole = (" ".join(line.split()) for line in shown.getvalue().splitlines() if line.startswith("steps"))
+    assert early == "steps 3 of 5: training stopped, the held-out loss no longer fell; the state after step 1 is kept"
+    assert whole == "steps 5 the state after step 1 is kept"
 
 
 def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) -> None:
@@ -160,6 +190,7 @@ def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) ->
     report_text.evaluation(replace(EVALUATION, reference=None, quality=alone))
     assert "KL" not in shown.getvalue()
     assert "against" not in shown.getvalue()
+    assert "both models" not in shown.getvalue()
     data = report_text.evaluation_json(replace(EVALUATION, reference=None, quality=alone))
     assert all(data[key] is None for key in ("kl", "same_top", "reference_perplexity", "perplexity_ratio"))
     assert data["intervals"] == {"perplexity": [32.1, 34.8]}

@@ -91,6 +91,7 @@ def tune(
             tokens=split.trained * tokens.shape[1],
             held_out_tokens=split.held_out * tokens.shape[1],
             steps=done.steps,
+            planned=wanted.steps,
             best=done.best,
             before=trained.before,
             after=done.after,

@@ -78,7 +78,7 @@ def descend(objective: Objective, wanted: Optimization, tell: Tell, saved: Path 
         state.measured(objective.held_out())
         if saved is not None:
             state.save(saved)
-    tell(wanted.steps, wanted.steps, state.best_loss)
+    tell(state.step, wanted.steps, state.history[-1][1])
     return state.result()
 
 

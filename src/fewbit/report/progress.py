@@ -37,10 +37,11 @@ logger = logging.getLogger("fewbit.progress")
 class Bar(Protocol):
     """Called to show that `done` of `total` steps are done; total 0: it is not known how many there are.
 
-    state: what the last step says. found: the last step was read from a saved result. what: what is being counted.
+    state: what the last step says. found: so many of the last steps were read from a saved result. what: what is being
+    counted.
     """
 
-    def __call__(self, done: int, total: int, state: str = "", found: bool = False, what: str = "") -> None: ...
+    def __call__(self, done: int, total: int, state: str = "", found: int = 0, what: str = "") -> None: ...
 
 
 class Lines:
@@ -63,7 +64,7 @@ class Lines:
         self.start = self.told_at = clock()
         self.told, self.found = 0, 0
 
-    def __call__(self, done: int, total: int, state: str = "", found: bool = False, what: str = "") -> None:
+    def __call__(self, done: int, total: int, state: str = "", found: int = 0, what: str = "") -> None:
         now = self.clock()
         if what and what != self.what:  # another phase of the work, which is timed anew
             self.what, self.start, self.told, self.found = what, now, 0, 0
@@ -96,7 +97,7 @@ class _Screen:
             bars = self._bars
         task, counted = bars.add_task(what, total=None, count="", state=""), what
 
-        def update(done: int, total: int, state: str = "", found: bool = False, what: str = "") -> None:
+        def update(done: int, total: int, state: str = "", found: int = 0, what: str = "") -> None:
             nonlocal counted
             if what and what != counted:  # another phase of the work, which is timed anew
                 counted = what
@@ -140,7 +141,7 @@ class _Cell:
     def _show(self, line: str) -> None:
         self.handle.update({"text/plain": line}, raw=True)
 
-    def __call__(self, done: int, total: int, state: str = "", found: bool = False, what: str = "") -> None:
+    def __call__(self, done: int, total: int, state: str = "", found: int = 0, what: str = "") -> None:
         now = time.perf_counter()
         if (what and what != self.lines.what) or now - self.shown_at >= self.GAP or done >= total:
             self.shown_at = now
@@ -214,12 +215,23 @@ def steps(progress: bool | Callable[[int, int, float], None] | None) -> Iterator
 
 @contextmanager
 def tuning(progress: bool | Callable[[int, int, float], None] | None) -> Iterator[Callable[[int, int, float], None]]:
-    """Progress over the steps of `tune`, with the divergence on held-out text."""
+    """Progress over the steps of `tune`, with the divergence on held-out text.
+
+    The steps before the first call are those of an interrupted run.
+    """
     if callable(progress):
         yield progress
         return
     with _bar("step", progress) as bar:
-        yield lambda done, total, kl: bar(done, total, f"held-out KL {kl:.4g}")
+        begun = False
+
+        def tell(done: int, total: int, kl: float) -> None:
+            nonlocal begun
+            found, begun = 0 if begun else done, True
+            state = f"held-out KL {kl:.4g}" + ", found, from an interrupted run" * bool(found)
+            bar(done, total, state, found)
+
+        yield tell
 
 
 @contextmanager

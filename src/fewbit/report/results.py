@@ -125,9 +125,9 @@ class Finetuned:
 class Tuned:
     """The result of `tune`. before, after: KL divergence from the reference on the held-out tokens, in nats per token.
 
-    tokens: number of different tokens that were trained on. best: the step whose state was kept. weights: packed
-    weights whose scales were trained. gains: norms and biases. trained: trained numbers. moved: the share of the
-    trained codes that changed; None if codes stay.
+    tokens: number of different tokens that were trained on. steps: taken of the `planned` ones; fewer if the held-out
+    loss no longer fell. best: the step whose state was kept. weights: packed weights whose scales were trained. gains:
+    norms and biases. trained: trained numbers. moved: the share of the trained codes that changed; None if codes stay.
     """
 
     out: str
@@ -138,6 +138,7 @@ class Tuned:
     tokens: int
     held_out_tokens: int
     steps: int
+    planned: int
     best: int
     before: float
     after: float

@@ -142,7 +142,9 @@ def tuned(done: Tuned) -> None:
     table.add_row("  after", f"{done.after:.4g}", change)
     table.add_row("  measured on", f"{done.held_out_tokens:,}", f"held-out tokens of {done.text}")
     table.add_row("trained on", f"{done.tokens:,}", "tokens")
-    table.add_row("steps", f"{done.steps:,}", f"the state after step {done.best} is kept")
+    early = done.steps < done.planned
+    ended = f"of {done.planned:,}: training stopped, the held-out loss no longer fell; " if early else ""
+    table.add_row("steps", f"{done.steps:,}", f"{ended}the state after step {done.best} is kept")
     table.add_row("trained numbers", f"{done.trained:,}", f"{done.weights} weights, {done.gains} norms and biases")
     if done.moved is not None:
         table.add_row("codes that moved", f"{done.moved:.2%}", "")
@@ -248,7 +250,8 @@ def evaluation(done: Evaluation) -> None:
     table.add_row("weights", size(i.weights_bytes), "", f"{i.bits_per_weight:.2f} bits per weight, all tensors counted")
     if i.bits_per_weight_quantized:
         table.add_row("  quantized ones", f"{i.bits_per_weight_quantized:.3f}", "", "bits per weight")
-    table.add_row("peak memory", size(done.peak), "", "of this evaluation, both models held")
+    held = ", both models held" if done.reference else ""
+    table.add_row("peak memory", size(done.peak), "", f"of this evaluation{held}")
     if done.gpu_peak:
         table.add_row("  on the GPU", size(done.gpu_peak), "", "")
     table.add_row("time", duration(done.seconds), "", "")
