@@ -79,7 +79,7 @@ def served(model: str | Path, *, exact: bool = False, **settings: Any) -> Iterat
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     from fewbit.api.serve import service
-    from fewbit.serving import run
+    from fewbit.serving import run, sockets
     from fewbit.serving.app import application
     from fewbit.serving.settings import Serving
 
@@ -88,7 +88,7 @@ def served(model: str | Path, *, exact: bool = False, **settings: Any) -> Iterat
         if not exact:
             patch.delenv("FEWBIT_ACTIVATIONS", raising=False)  # tests/conftest.py sets it
         opened = service(model, Loading("cpu", "float32"), given)
-    with run.bound(given.host, 0) as socket:
+    with sockets.bound(given.host, 0) as socket:
         made = gated(f"http://127.0.0.1:{socket.getsockname()[1]}", opened)
         app = application(opened, given)
         server = uvicorn.Server(run.configuration(app, given))

@@ -88,6 +88,7 @@ def test_both_numbers_are_printed_and_stored(short: Path, tmp_path: Path, fewbit
     out = tmp_path / "out"
     few = ("--plan", "rtn-4bit", "--calibration", "tiny", "--samples", "16", "--length", "128")
     shown = fewbit("quantize", short, "--bits", 3.4, *few, "--dry-run")
+    assert shown.err.startswith("note: to choose widths, the model is quantized at each of them")
     assert shown.code == 0
     assert "KL divergence: predicted " in shown.out
     assert ", measured" not in shown.out

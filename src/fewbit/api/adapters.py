@@ -29,7 +29,8 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate, outlined
 from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
-from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
+from fewbit.pipeline.job import evaluated, homeless, left_behind, rehearsed, same_vocabulary
+from fewbit.plans.plan import is_file
 from fewbit.report import progress as report_progress
 from fewbit.report.results import Converted, Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing

@@ -44,14 +44,13 @@ from fewbit.pipeline.job import (
     Preview,
     fewer,
     held_out,
-    is_file,
     rarely_used,
     skeleton_of,
     too_small,
     windows,
 )
 from fewbit.plans.budget import Allocation, Budget
-from fewbit.plans.plan import Plan
+from fewbit.plans.plan import Plan, is_file
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Measured, Quantized

@@ -34,12 +34,12 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
     cannot be served; the errors of `fewbit.load`. KernelError if the model cannot be computed any more.
     """
     try:
-        from fewbit.serving import run
+        from fewbit.serving import run, sockets
         from fewbit.serving.app import application
     except ModuleNotFoundError as error:
         raise PlanError(f"fewbit serve needs the package {error.name}", "pip install 'fewbit[serve]'") from error
 
-    with run.bound(serving.host, serving.port) as socket:
+    with sockets.bound(serving.host, serving.port) as socket:
         opened = service(model, loading, serving)
         if opened.engine.lowered is not None:
             tell(f"The memory has room for {opened.engine.lowered} tokens, fewer than the model's context.")

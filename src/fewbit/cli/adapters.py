@@ -78,6 +78,10 @@ def merge(
     """Add ADAPTER to MODEL's weights in 16 bits, quantize the result if --plan is given, and compare."""
     need_peft()
     measured = text_of(text)
+    from fewbit.plans.plan import find, is_file
+
+    if plan is not None:
+        is_file(output, find(plan))
     from fewbit.api import adapters
     from fewbit.report import text as report
 

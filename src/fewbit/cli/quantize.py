@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -56,17 +57,22 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a new folder or .gguf file."""
-    from fewbit.plans.plan import find
+    from fewbit.plans.plan import find, is_file
 
     chosen = find(plan)
     options: dict[str, str] = ctx.obj or {}
     if method or scheme or format or options:
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
     check_output(output, dry_run=dry_run)
+    if output is not None:
+        is_file(output, chosen)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
     if dry_run:
+        if budget.given:
+            said = "note: to choose widths, the model is quantized at each of them, which takes longer than one run. "
+            print(f"{said}The cache keeps what is measured.", file=sys.stderr, flush=True)
         shown = api.preview(
             model,
             plan=chosen,

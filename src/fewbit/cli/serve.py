@@ -11,6 +11,7 @@ from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Model
 from fewbit.models.loading import Loading
 from fewbit.serving.settings import Serving
+from fewbit.serving.sockets import bound
 
 
 @checked
@@ -23,6 +24,8 @@ def serve(
 
     With --engine, start the installed engine of others on it instead.
     """
+    if serving.engine == "fewbit":
+        bound(serving.host, serving.port).close()  # if the port is taken, say so before the imports
     from fewbit.api import serve as api
 
     if serving.api_key is None and (key := os.environ.get("FEWBIT_API_KEY")):

@@ -233,19 +233,6 @@ def evaluated(
     return loaded.name, every if samples is None else every[:samples], len(every)
 
 
-def is_file(out: str | Path, plan: plans.Plan) -> bool:
-    """Whether the plan writes one file rather than a folder. PlanError if the suffix of `out` does not match."""
-    suffix = plans.format_of(plan).suffix
-    if suffix and Path(out).suffix != suffix:
-        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
-    if not suffix and Path(out).suffix == ".gguf":
-        raise PlanError(
-            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
-            "Use a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
-        )
-    return bool(suffix)
-
-
 def homeless(kind: str, carried: Mapping[str, PartSpec], lost: Mapping[str, PartSpec]) -> list[str]:
     """Notes on the checkpoint tensors that the model class `kind` has no place for."""
     notes = []

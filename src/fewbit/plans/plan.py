@@ -291,6 +291,19 @@ def format_of(plan: Plan) -> Format:
     return format.with_activations(plan.activations)
 
 
+def is_file(out: str | Path, plan: Plan) -> bool:
+    """Whether the plan writes one file rather than a folder. PlanError if the suffix of `out` does not match."""
+    suffix = format_of(plan).suffix
+    if suffix and Path(out).suffix != suffix:
+        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
+    if not suffix and Path(out).suffix == ".gguf":
+        raise PlanError(
+            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
+            "Use a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
+        )
+    return bool(suffix)
+
+
 @dataclass(frozen=True)
 class Assignment(Stored):
     """The scheme and method for one weight. order: the column of the weight that each column of the file is, int64 [K],
