@@ -347,7 +347,9 @@ def _as_plan_error(name: str) -> Iterator[None]:
                 "Set HF_HOME to a writable folder with enough free space.",
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        unreached = isinstance(error, LocalEntryNotFoundError)
+        failed = "Hub could not be reached" if unreached else "download from the Hub failed"
         raise PlanError(
-            f"model {name}: no such folder here, and the download from the Hub failed: {reason}",
+            f"model {name}: no such folder here, and the {failed}: {reason.removeprefix('Got: ')}",
             f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",
         ) from None
