@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import fewbit as package
 from fewbit.plans import plan
@@ -49,7 +50,10 @@ def test_recommend(fewbit: Fewbit) -> None:
     shown = fewbit("recommend", "tiny", "--for", "serving", "--memory", "8GB", "--target", "vllm")
     assert shown.out.splitlines()[0] == "tiny, for serving, for vllm: gptq-4bit."
     assert shown.out.splitlines()[-1].strip() == "vllm serve tiny-gptq-4bit"
-    assert fewbit("recommend", "tiny", "--for", "edge", "--memory", "8GB", "--json").json["plan"] == "q4_k_m"
+    assert ("This machine has no GPU, and plans for serving" in shown.out) != torch.cuda.is_available()
+    shown = fewbit("recommend", "tiny", "--for", "edge", "--memory", "8GB", "--json")
+    assert shown.json["plan"] == "q4_k_m"
+    assert "has no GPU" not in shown.out
     assert "NF4" in fewbit("recommend", "--table").out  # a narrow terminal breaks the cell
     assert len(fewbit("recommend", "--table", "--json").json["methods"]) == 10
 

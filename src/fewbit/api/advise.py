@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fewbit.advise import estimate as estimates
@@ -25,6 +26,8 @@ from fewbit.plans import plan as plans
 from fewbit.plans.budget import Budget
 from fewbit.system import machine
 from fewbit.texts.calibration import Calibration
+
+_ON_GPUS = ("serving", "finetuning", "experiment")  # purposes whose plans are for a GPU
 
 
 @checked
@@ -113,13 +116,13 @@ def recommend(
     source = outlined(model)
     if source.quantization is not None:
         raise PlanError(f"{model} is quantized already", "Give the original model.")
-    gpu = machine.gpu_memory() if purpose in ("serving", "finetuning", "experiment") else 0
+    gpu = machine.gpu_memory() if purpose in _ON_GPUS else 0
     room = given if given is not None else gpu or machine.main_memory()
     estimated = estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code)
 
     def ranked(found: Fitted | None) -> Recommendation:
         device = machine.device(None)
-        return recommending.recommend(
+        done = recommending.recommend(
             estimated,
             purpose,
             recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability(), named, found),
@@ -127,6 +130,11 @@ def recommend(
             timed=speeds.known(source, device),
             device=device,
         )
+        if purpose in _ON_GPUS and not gpu:
+            limit = "" if given is not None else " The memory limit is its main memory."
+            note = f"This machine has no GPU, and plans for {purpose} are for GPUs.{limit}"
+            done = replace(done, notes=(note, *done.notes))
+        return done
 
     if fit is None:
         return ranked(None)
