@@ -114,7 +114,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_in_place_of_its_name_is_refused_in_short() -> None:
-    with pytest.raises(PlanError, match=r"(?s)unknown text 'word .*given in a list") as caught:
+    with pytest.raises(PlanError, match=r"(?s)unknown text 'word .*Save a text itself as a .txt file") as caught:
         load_text("word " * 1000)
     assert len(str(caught.value)) < 300
 

@@ -294,7 +294,7 @@ def rarely_used(tensors: Sequence[run.TensorReport]) -> list[str]:
     more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
     return [
         f"{len(rows)} of {len(every)} experts served fewer calibration tokens than their inputs have columns: {named}"
-        f"{more}. Their statistics are mostly those of all experts of their layer; more `samples` help"
+        f"{more}. Their statistics are mostly those of all experts of their layer; more samples help"
     ]
 
 

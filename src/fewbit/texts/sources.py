@@ -143,7 +143,7 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         if os.path.isdir(path):
             raise PlanError(f"the text {shown} is a folder", "Give a .txt, .jsonl or .json file.")
         error = unknown("text", shown, SOURCES)
-        hint = f"{error.hint} A text itself is given in a list."
+        hint = f"{error.hint} Save a text itself as a .txt file; Python also takes a list of texts."
         raise PlanError(f"{error.message}, and there is no file at that path", hint)
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)

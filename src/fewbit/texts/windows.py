@@ -81,7 +81,7 @@ def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
     if not count:
         raise PlanError(
             f"the text has {len(tokens)} tokens, too few for one window of {length}",
-            f"Give a longer text, or a length of at most {len(tokens)}.",
+            f"Give a longer text, or a `length` of at most {len(tokens)}.",
         )
     count = count if limit is None else min(count, _positive("limit", limit))
     return tokens[: count * length].reshape(count, length)
