@@ -181,7 +181,8 @@ def test_no_weights(model: Path, refused: Refused) -> None:
 def test_no_tokenizer(model: Path, text: Path, refused: Refused) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
-    refused(3, ("tokenizer",), model, "--calibration", text, "--length", 16)
+    words = (f"{model} has no usable tokenizer\n", "Copy tokenizer.json and tokenizer_config.json")
+    refused(3, words, model, "--calibration", text, "--length", 16)
 
 
 def test_a_broken_tokenizer(model: Path, refused: Refused) -> None:
@@ -680,7 +681,7 @@ def test_a_disk_that_fills_up(
     [
         ("a.txt", "", 2, ("a.txt", "empty")),
         ("a.txt", " \n \n", 2, ("a.txt", "empty")),
-        ("a.txt", "Too short.", 2, ("too few", "64")),
+        ("a.txt", "Too short.", 2, ("too few", "64", "or a --length of at most")),
         ("a.jsonl", "", 2, ("a.jsonl", "empty")),
         ("a.jsonl", '{"text": "good"}\n{"text": ', 3, ("a.jsonl, line 2", "not JSON")),
         ("a.jsonl", '{"text": "good"}\n\n{"words": 3}', 3, ("a.jsonl, line 3",)),
@@ -700,6 +701,10 @@ def test_a_text_that_does_not_serve(
 def test_a_text_that_is_not_utf8(sound: Path, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine until \xff")
     refused(3, ("a.txt", "UTF-8 at byte 11"), sound, "--calibration", tmp_path / "a.txt")
+
+
+def test_a_text_that_is_not_there(sound: Path, refused: Refused) -> None:
+    refused(2, ("no file at that path", "Save a text itself as a .txt file"), sound, "--calibration", "missing.txt")
 
 
 def test_chats_serve_where_there_is_a_template(tmp_path: Path, place: Path, fewbit: Fewbit) -> None:

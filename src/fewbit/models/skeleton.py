@@ -483,9 +483,8 @@ class Skeleton:
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model. FormatError if it is missing or cannot be read."""
     made = tokenizer_at(source.folder, trust_remote_code=trust_remote_code, **source.options)
-    older = source.folder / "chat_template.json"  # older processors have their chat template there
-    if getattr(made, "chat_template", None) is None and older.is_file():
-        found = read_json(older)
+    if getattr(made, "chat_template", None) is None and (older := source.folder / "chat_template.json").is_file():
+        found = read_json(older)  # of older processors
         made.chat_template = found.get("chat_template") if isinstance(found, dict) else None
     return made
 
@@ -497,4 +496,6 @@ def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **option
     except FormatError:
         raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
-        raise FormatError(f"{place} has no usable tokenizer: {first_line(error)}") from None
+        why = "" if first_line(error).rstrip().endswith(":") else f": {first_line(error)}"  # a list follows a colon
+        hint = "" if options else "Copy tokenizer.json and tokenizer_config.json of the original model into the folder."
+        raise FormatError(f"{place} has no usable tokenizer{why}", hint) from None
