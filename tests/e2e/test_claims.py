@@ -32,7 +32,7 @@ def test_an_output_that_another_makes_is_refused(verb: str, tmp_path: Path) -> N
     with (
         publish.claimed(tmp_path / "model"),
         publish.claimed(tmp_path / "model.gguf"),
-        pytest.raises(PlanError, match="another process is making"),
+        pytest.raises(PlanError, match=r"another process is making .*\nWait until it has ended, or give another `out`"),
     ):
         VERBS[verb](tmp_path, other)
     assert [each.name for each in tmp_path.iterdir()] == ["other"]

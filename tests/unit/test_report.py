@@ -20,7 +20,7 @@ from fewbit.pipeline.run import TensorReport
 from fewbit.plans.catalogue import Entry
 from fewbit.report import card as report_card
 from fewbit.report import text as report_text
-from fewbit.report.results import Evaluation, Quantized, Tuned
+from fewbit.report.results import Converted, Evaluation, Quantized, Tuned
 
 
 @pytest.fixture
@@ -263,6 +263,17 @@ def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
     report_text.quantized(replace(QUANTIZED, out="/somewhere/[red]/out", notes=["about [/this]"]))
     assert "/somewhere/[red]/out" in shown.getvalue()
     assert "about [/this]" in shown.getvalue()
+
+
+def test_a_conversion_without_quantized_weights(shown: io.StringIO) -> None:
+    """Such as a LoRA in a GGUF file."""
+    report_text.converted(Converted("lora.gguf", "gguf", True, {}, [], [], 1_000_000, 1_000_000, 2.0, 5))
+    assert shown.getvalue().startswith("lora.gguf: gguf, unquantized weights; 1 MB became 1 MB;")
+
+
+def test_one_tensor_is_no_tensors(shown: io.StringIO) -> None:
+    report_text.inspection(replace(INSPECTION, schemes={"q4_k": 1}))
+    assert "q4_k in 1 tensor\n" in "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())
 
 
 def test_a_preview(shown: io.StringIO) -> None:

@@ -100,7 +100,7 @@ def converted(done: Converted) -> None:
     for note in done.notes:
         _say(f"note: {note}")
     count, kinds = sum(done.schemes.values()), " and ".join(done.schemes)
-    unchanged = f"{count} weights as {kinds} with their codes and scales unchanged" if count else "no packed weights"
+    unchanged = f"{count} weights as {kinds} with their codes and scales unchanged" if count else "unquantized weights"
     _say(
         f"{done.out}: {done.to}, {unchanged}; {size(done.original_bytes)} became {size(done.output_bytes)}; "
         f"{duration(done.seconds)}, peak memory {size(done.peak)}."
