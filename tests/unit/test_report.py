@@ -271,6 +271,12 @@ def test_a_conversion_without_quantized_weights(shown: io.StringIO) -> None:
     assert shown.getvalue().startswith("lora.gguf: gguf, unquantized weights; 1 MB became 1 MB;")
 
 
+def test_large_unquantized_weights_are_named(shown: io.StringIO) -> None:
+    for towers, said in ((10, False), (1200, True)):
+        report_text.quantized(replace(QUANTIZED, unquantized={"embeddings and head": 100, "towers": towers}))
+        assert ("embeddings and head 100 B, towers 1.2 kB" in shown.getvalue()) == said
+
+
 def test_one_tensor_is_no_tensors(shown: io.StringIO) -> None:
     report_text.inspection(replace(INSPECTION, schemes={"q4_k": 1}))
     assert "q4_k in 1 tensor\n" in "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())

@@ -34,7 +34,7 @@ from fewbit.models.outline import geometry
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.pipeline import blocks, budgeted, costs, settled, write_folder, write_gguf
+from fewbit.pipeline import blocks, budgeted, costs, settled, sizes, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
@@ -65,7 +65,8 @@ SCHEMA = 1
 _KEPT = "The quantized blocks are kept in the cache: the same command resumes from there."
 
 
-_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # fields of `Quantized` not in fewbit.json
+# Fields of `Quantized` that are not in fewbit.json.
+_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample", "unquantized")
 
 
 @checked
@@ -203,6 +204,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
                 anonymous=0,
                 sample="",
                 allocation=allocation,
+                unquantized=sizes.unquantized(job.settled),
             )
             kept = {k: v for k, v in asdict(done).items() if k not in _NOT_KEPT}
             record = {

@@ -12,6 +12,7 @@ from math import prod
 
 from fewbit.errors import FewbitError
 from fewbit.methods.base import name_of
+from fewbit.models import blocks
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import write_gguf
 from fewbit.pipeline.settled import Settled
@@ -73,6 +74,21 @@ def tensors(
         what = f"copied, not part of the model ({str(spec.dtype).removeprefix('torch.')})"
         rows.append((key, what, spec.nbytes))
     return rows, sum(size for _, _, size in rows)
+
+
+def unquantized(settled: Settled) -> dict[str, int]:
+    """Kind of weights that a folder has unquantized -> their bytes. Empty for a GGUF file."""
+    if settled.resolved.format.suffix:
+        return {}
+    skeleton, assignments, found = settled.skeleton, settled.resolved.assignments, dict[str, int]()
+    model, towers = skeleton.model, blocks.towers(skeleton.model)
+    ends = [each for each in (blocks.embedding_of(model), model.get_output_embeddings()) if each is not None]
+    outside = {name for name, module in model.named_modules() if any(module is each for each in ends)}
+    for _, name, spec in skeleton.passed_through({f"{module}.weight" for module in assignments}):
+        if (module := name.removesuffix(".weight")) not in assignments:
+            kind = "towers" if name.startswith(towers) else "embeddings and head" if module in outside else "others"
+            found[kind] = found.get(kind, 0) + spec.nbytes
+    return found
 
 
 def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:

@@ -22,6 +22,7 @@ class Quantized:
 
     `sample`: what the output generated; "" if it cannot generate; None if it was not run, which a note explains.
     `allocation`: the widths that were chosen for a size; None if no size was given.
+    `unquantized`: what a folder has unquantized (embeddings and head, towers for images or sound, others) -> bytes.
     """
 
     out: str
@@ -38,6 +39,7 @@ class Quantized:
     anonymous: int
     sample: str | None
     allocation: Allocation | None = None
+    unquantized: dict[str, int] = field(default_factory=dict)
 
 
 @brief

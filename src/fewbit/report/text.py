@@ -73,6 +73,9 @@ def quantized(done: Quantized) -> None:
     table.add_row(
         "bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters"
     )
+    if (rest := sum(done.unquantized.values())) > done.output_bytes / 20:
+        kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in done.unquantized.items())
+        table.add_row("unquantized", "", size(rest), kinds)
     worst = max(done.tensors, key=lambda t: t.error)
     mean = sum(t.error for t in done.tensors) / len(done.tensors)
     table.add_row("relative output error", "", f"{mean:.2e}", "mean of all linears")
