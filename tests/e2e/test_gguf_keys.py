@@ -106,7 +106,8 @@ def test_files_that_are_no_models(keys: dict[str, Any], words: tuple[str, ...], 
     path = tmp_path / "x.gguf"
     with GgufWriter(path, keys, [Entry("v.blk.0.attn_q.weight", "f32", (4, 4))]) as writer:
         writer.add("v.blk.0.attn_q.weight", torch.zeros(4, 4))
-    for command in (("generate", path, "the"), ("inspect", path), ("quantize", path, "-o", tmp_path / "out")):
+    inspect: list[tuple[Any, ...]] = [] if "tower" in words[0] else [("inspect", path)]  # it says what a tower is for
+    for command in (("generate", path, "the"), *inspect, ("quantize", path, "-o", tmp_path / "out")):
         answer = fewbit(*command)
         assert answer.code == 3
         assert all(word in answer.err for word in words), answer.err
