@@ -49,9 +49,9 @@ def entries(family: str) -> dict[str, Any]:
 def get(family: str, name: str) -> Any:
     """The entry `name` of a family, in any case. Raises PlanError with the closest names if there is none."""
     known = entries(family)
-    if (name := name.lower()) not in known:
+    if (lower := name.lower()) not in known:
         raise unknown(family[:-1], name, known)
-    return known[name]
+    return known[lower]
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
@@ -62,6 +62,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
 def near(name: str, known: Iterable[str]) -> str:
     """A hint with the known names that are closest to `name`; with all of them if none is close."""
     known, name = sorted(known), name.lower()
+    if longer := [each for each in known if name and each.startswith(f"{name}-")]:
+        return f"Did you mean {' or '.join(longer[:3])}?"
     ratios = {each: difflib.SequenceMatcher(None, name, each.lower()).ratio() for each in known}
     edits = {each: _edits(name, each.lower()) for each, ratio in ratios.items() if ratio >= 0.6}
     close = sorted((each for each in edits if edits[each] == min(edits.values())), key=lambda each: -ratios[each])[:3]

@@ -377,7 +377,7 @@ def test_a_group_that_does_not_divide_names_every_tensor(sound: Path, refused: R
     [
         (("--plan", "gptq-5bit"), ("gptq-5bit", "gptq-4bit")),
         (("--plan", "absent.json"), ("absent.json",)),
-        (("--scheme", "int4-g64-symm"), ("int4-g64-symm", "int4-g128-sym")),
+        (("--scheme", "int4-g64-symm"), ("int4-g64-symm", "Did you mean int4-g64-sym?")),
         (("--scheme", "int9-g64"), ("int9-g64", "int2 ... int8")),
         (("--scheme", "int1-g64"), ("int1-g64", "int2 ... int8")),
         (("--scheme", "int4-g8"), ("int4-g8", "16 to 1024")),

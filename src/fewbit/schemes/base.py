@@ -473,10 +473,10 @@ class QTensor:
 
 def parse(spec: str) -> Scheme:
     """The scheme that `spec` names in any case, such as `int4-g128-sym`. PlanError with the closest ones."""
-    families, refusal, spec = registry.entries("schemes"), None, spec.lower()
+    families, refusal = registry.entries("schemes"), None
     for family in families.values():
         try:
-            scheme = family.from_spec(spec)
+            scheme = family.from_spec(spec.lower())
         except PlanError as error:  # another family may have a scheme of this name: GGUF files have an `mxfp4` too
             refusal = error
             continue
