@@ -65,7 +65,7 @@ def test_experts_that_no_group_divides_are_named_in_short(tmp_path: Path) -> Non
     folder = save(tmp_path / "model", "qwen3_moe", {"moe_intermediate_size": 40})
     with pytest.raises(PlanError) as refused:
         fewbit.preview(folder, plan="gptq-4bit")
-    assert "experts.0-3.down_proj stays as it is: groups of 32 do not divide 40 columns" in str(refused.value)
+    assert "experts.0-3.down_proj stay as they are: groups of 32 do not divide 40 columns" in str(refused.value)
     assert "experts.3" not in str(refused.value)  # thousands of names in a large model
     fewbit.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")  # its blocks go on over the ends of rows
     check(fewbit.load(tmp_path / "out", dtype=torch.float32, kernel="reference"), folder)
