@@ -19,6 +19,8 @@ from fewbit.pipeline.optimization import Optimization
 from fewbit.pipeline.training_step import TrainingStep
 from fewbit.pipeline.tuning import Original, Student, Windows, _sum
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_a_replay_has_the_gradients_of_a_normal_step(codes: bool, tmp_path: Path) -> None:
