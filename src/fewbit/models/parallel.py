@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from fewbit.errors import PlanError
 from fewbit.models import parallel_experts
-from fewbit.models.parallel_experts import STYLE as _EXPERTS
 from fewbit.models.parallel_experts import Experts
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.nn.parallel import Gather, Keep, Sum, Take
@@ -76,7 +75,7 @@ class Split:
         modules = dict(model.named_modules())
         for name, module in modules.items():
             style = plan.get(_generic(name), "replicate")
-            if style in (*_WHOLE, _EXPERTS) or style.startswith(("ep_", "embedding_")):
+            if style in (*_WHOLE, parallel_experts.STYLE) or style.startswith(("ep_", "embedding_")):
                 continue
             if not isinstance(module, nn.Linear) or style not in (*_ROWS, *_COLUMNS):
                 raise PlanError(f"{kind}: fewbit cannot cut {name}, a {type(module).__name__}, as {style}", _HINT)
@@ -244,7 +243,7 @@ class Split:
                     self._fit(linear, experts.axis(name), hooks=False)
         plan = _plan(model)
         whole = parallel_experts.cut_fused(
-            model, self.rank, self.size, lambda name: plan.get(_generic(name)) == _EXPERTS
+            model, self.rank, self.size, lambda name: plan.get(_generic(name)) == parallel_experts.STYLE
         )
         for name, why in whole.items():
             self.kept.setdefault(why, []).append(name)
@@ -255,7 +254,7 @@ class Split:
         for name, value in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             style = plan.get(_generic(name))
-            if style is None or style in _WHOLE or plan.get(_generic(owner)) == _EXPERTS:
+            if style is None or style in _WHOLE or plan.get(_generic(owner)) == parallel_experts.STYLE:
                 continue
             if style != "colwise" or value.dim() != 1 or len(value) % self.size:
                 raise PlanError(f"fewbit cannot cut {name} {list(value.shape)} as {style}", _HINT)

@@ -26,9 +26,19 @@ from fewbit.schemes.parted import part
 
 STYLE = "moe_tp_experts"  # in transformers' plans, of the module of a layer's experts
 _ADDED = (SeparateExperts.forward, SeparateBatchedExperts.forward)  # their outputs are sums of what parts compute
-_OTHERS = "not all that they return is a product of weights"
 
 WeightOf = Callable[[str, Any], QTensor]
+
+
+def _not_added(kind: type[SeparateExperts], module: Any) -> str | None:
+    """Why the sum of what parts of the experts return is not what the experts return; None if it is."""
+    if kind.forward not in _ADDED:
+        return "not all that they return is a product of weights"
+    return "a norm follows each expert" if getattr(module, "has_post_expert_norm", False) else None
+
+
+def _not_shared(inner: int, size: int) -> str | None:
+    return f"{size} processes cannot share {inner} inner features" if inner % size else None
 
 
 class Experts:
@@ -56,10 +66,8 @@ class Experts:
 
         weight_of: of packed experts; the weights of all are read.
         """
-        if type(self.module).forward not in _ADDED:
-            return _OTHERS
-        if getattr(self.module, "has_post_expert_norm", False):
-            return "a norm follows each expert"
+        if why := _not_added(type(self.module), self.module):
+            return why
         linears = self.linears
         if len({isinstance(linear, QLinear) for linear in linears.values()}) > 1:
             return "not all of them are packed"
@@ -67,8 +75,8 @@ class Experts:
         for name, linear in linears.items():
             axis = self.axis(name)
             if weight_of is None:
-                if linear.weight.shape[axis] % size:
-                    return f"{size} processes cannot share {linear.weight.shape[axis]} inner features"
+                if why := _not_shared(linear.weight.shape[axis], size):
+                    return why
                 continue
             weight = weight_of(name, linear)
             if axis and weight.permutation is not None:  # some may lack it: no calibration input reached them
@@ -109,17 +117,15 @@ def cut_fused(model: Any, rank: int, size: int, shared: Callable[[str], bool]) -
 
 def _cut(model: Any, name: str, module: Any, at: tuple[int, int]) -> str | None:
     kind, own = separated(type(module)), type(module)
-    if kind.forward not in _ADDED:
-        return _OTHERS
-    if getattr(module, "has_post_expert_norm", False):
-        return "a norm follows each expert"
+    if why := _not_added(kind, module):
+        return why
     mapping, (rank, size) = get_model_conversion_mapping(model), at
     module.__class__ = kind
     leaves, pieces = module.laid_out(name, mapping)
     inner = next(piece.of(getattr(module, piece.fused), 0).shape[0] for piece in pieces if piece.leaf == leaves[0])
-    if inner % size:
+    if why := _not_shared(inner, size):
         module.__class__ = own
-        return f"{size} processes cannot share {inner} inner features"
+        return why
     held = slice(inner * rank // size, inner * (rank + 1) // size)
     fused = {piece.fused: getattr(module, piece.fused).data for piece in pieces}
     for piece in pieces:
