@@ -54,17 +54,18 @@ def get(family: str, name: str) -> Any:
     return known[lower]
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
-    """The error for an unknown name. Its hint suggests the closest names, or lists all if none is close."""
-    return PlanError(f"unknown {what} {name!r}", near(name, known))
+def unknown(what: str, name: str, known: Iterable[str], others: Iterable[str] = ()) -> PlanError:
+    """The error for an unknown name. Its hint is that of `near`."""
+    return PlanError(f"unknown {what} {name!r}", near(name, known, others))
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint with the known names that are closest to `name`; with all of them if none is close."""
+def near(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """A hint with the names that are closest to `name`; with all of `known` if none is close. others: more names."""
     known, name = sorted(known), name.lower()
-    if longer := [each for each in known if name and each.startswith(f"{name}-")]:
+    every = sorted({*known, *others})
+    if longer := [each for each in every if name and each.startswith(f"{name}-")]:
         return f"Did you mean {' or '.join(longer[:3])}?"
-    ratios = {each: difflib.SequenceMatcher(None, name, each.lower()).ratio() for each in known}
+    ratios = {each: difflib.SequenceMatcher(None, name, each.lower()).ratio() for each in every}
     edits = {each: _edits(name, each.lower()) for each, ratio in ratios.items() if ratio >= 0.6}
     close = sorted((each for each in edits if edits[each] == min(edits.values())), key=lambda each: -ratios[each])[:3]
     return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."

@@ -486,9 +486,7 @@ def parse(spec: str) -> Scheme:
     if refusal is not None:
         raise refusal
     examples = [example for family in families.values() for example in family.examples]
-    if (unknown := registry.unknown("scheme", spec, examples)).hint.startswith("Known"):
-        raise unknown
-    raise registry.unknown("scheme", spec, {*examples, *_spellings(examples)})
+    raise registry.unknown("scheme", spec, examples, _spellings(examples))
 
 
 def _spellings(examples: Iterable[str]) -> Iterator[str]:
