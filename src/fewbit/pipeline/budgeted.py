@@ -255,8 +255,8 @@ def _measured(job: Job, choice: Choice, found: Costs, texts: Texts, tell: Told) 
         settled = _settled(job, schemes, "")
         known = fingerprint(settled, texts.inputs, machine.versions())
 
-        def told(step: Step, what: str = f"block, output {number} of {len(_MEASURED)} to measure") -> None:
-            tell(step.done, step.total, what=what.replace("block", step.what))
+        def told(step: Step, output: str = f"output {number} of {len(_MEASURED)} to measure") -> None:
+            tell(step.done, step.total, what=f"{step.what}, {output}")
 
         def measure(settled: Settled = settled, known: str = known, told: Progress = told) -> float:
             with Run(known) as run:

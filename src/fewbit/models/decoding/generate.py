@@ -226,9 +226,9 @@ def written(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> T
         raise PlanError(
             "the tokenizer has no token that begins or ends a text, so the model cannot write one by itself"
         )
-    ends = {*_tokens(model.generation_config.eos_token_id), *_tokens(model.generation_config.suppress_tokens)}
+    never = {*_tokens(model.generation_config.eos_token_id), *_tokens(model.generation_config.suppress_tokens)}
     sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed)
-    options = {"max_new_tokens": length - 1, "pad_token_id": first, "suppress_tokens": sorted(ends) or None}
+    options = {"max_new_tokens": length - 1, "pad_token_id": first, "suppress_tokens": sorted(never) or None}
     texts, left, rows = list[Tensor](), count, _AT_ONCE.get(model.device.type, 256)
     decoder = Decoder(model, length)
     with _seeded(sampling), torch.inference_mode(), _one_text(model):
