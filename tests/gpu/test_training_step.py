@@ -19,7 +19,10 @@ from fewbit.pipeline.optimization import Optimization
 from fewbit.pipeline.training_step import TrainingStep
 from fewbit.pipeline.tuning import Original, Student, Windows, _sum
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 
 
 @pytest.mark.parametrize("codes", [False, True])
