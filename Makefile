@@ -81,7 +81,7 @@ PEERS := build/peers
 
 # llama.cpp comes as source: with a C++ compiler it is built once, in some minutes, and pip keeps the wheel.
 interop: setup ## the tests against other libraries, which it installs; needs a C++ compiler
-	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-binary llama-cpp-python,rouge-score,sqlitedict,word2number -e '.[dev,interop]'
+	@$(INSTALL) --no-binary llama-cpp-python,rouge-score,sqlitedict,word2number -e '.[dev,interop]'
 	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	@$(BIN)/python -m pip download $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
 		-c constraints.txt -d $(PEERS) peft llama-cpp-python
