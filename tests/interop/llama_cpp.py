@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 
@@ -199,6 +202,27 @@ def loaded(path: Path, context: int = 512, threads: int = 1) -> Iterator[Loaded]
     """The model of a file, freed afterwards."""
     with Loaded(path, context, threads) as model:
         yield model
+
+
+def opened(path: Path, **options: Any) -> Any:
+    """The `llama_cpp.Llama` of a file, on one thread of the CPU; `options` are its own."""
+    llama = _library()
+    defaults = llama.llama_model_default_params
+
+    def plain() -> Any:  # as in Loaded
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    with patch.object(llama.llama_cpp, "llama_model_default_params", plain):
+        return llama.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
+
+
+def computed(path: Path, ids: Tensor) -> Tensor:
+    """The logits [tokens, vocabulary] that a file gives after each of `ids`; keys and values in 32 bits."""
+    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)
+    llama.eval(ids.tolist())
+    return torch.from_numpy(np.array(llama.scores[: len(ids)]))
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -19,14 +19,14 @@ from fewbit.models.gguf.architectures import REFUSED
 from fewbit.models.gguf.tokenizer import to_metadata
 from tests import gguf_files, models
 from tests.interop import converter
-from tests.interop.test_llama_cpp import computed, llama_cpp
+from tests.interop.llama_cpp import computed
 
+pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(not converter.SDIST.exists(), reason="make interop downloads llama.cpp's source"),
     pytest.mark.filterwarnings("ignore"),
 ]
-assert llama_cpp
 
 _LATENT = {"num_key_value_heads": 4, "qk_nope_head_dim": 24, "kv_lora_rank": 32, "q_lora_rank": 32}
 _INDEXER = {"index_n_heads": 8, "index_head_dim": 64, "mlp_layer_types": ["dense", "sparse", "sparse"]}

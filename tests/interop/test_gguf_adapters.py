@@ -18,6 +18,7 @@ from fewbit.models.adapters.attach import attach
 from tests import gguf_files, models
 from tests.e2e.test_gguf_adapters import drawn, unpacked
 from tests.interop import converter
+from tests.interop.llama_cpp import opened
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
@@ -43,8 +44,6 @@ TARGETS: dict[str, str] = {
 @pytest.mark.parametrize("family", [*TARGETS, "mistral-in-mistral3"])
 def test_llama_cpp_adds_ours(family: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
-    from tests.interop.test_llama_cpp import opened
-
     family, _, name = family.partition("-in-")
     folder = gguf_files.save(tmp_path / "m", family, **({"sliding_window": None} if name else {}))
     file = gguf_files.written(folder, tmp_path / "m.gguf")

@@ -22,30 +22,11 @@ from fewbit.models.source import locate
 from fewbit.plans.plan import find
 from tests import gguf_files, models
 from tests.gguf_files import AWKWARD
+from tests.interop.llama_cpp import computed, opened
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
+pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
-
-
-def opened(path: Path, **options: Any) -> Any:
-    defaults = llama_cpp.llama_model_default_params
-
-    def plain() -> Any:  # without layouts for one kind of processor, as in tests.interop.llama_cpp
-        params = defaults()
-        params.use_extra_bufts = False
-        return params
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain)
-        return llama_cpp.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
-
-
-def computed(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    """The logits [tokens, vocabulary] of llama.cpp for a file."""
-    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)  # else keys and values are rounded to 16 bits
-    llama.eval(ids.tolist())
-    return torch.from_numpy(np.array(llama.scores[: len(ids)]))
 
 
 def tokens(llama: Any, text: str) -> list[int]:

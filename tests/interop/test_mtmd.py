@@ -20,8 +20,9 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddi
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from tests import mmproj_files
 from tests.interop import mtmd
-from tests.interop.test_llama_cpp import opened
+from tests.interop.llama_cpp import opened
 
+pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 PATCH = mmproj_files.PATCH
 IMAGE = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))  # one tile
