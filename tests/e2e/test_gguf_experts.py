@@ -57,6 +57,19 @@ def test_an_importance_matrix_has_a_row_for_each_expert(matrix: Path) -> None:
     torch.testing.assert_close(read.mean_square.view(4, 256), sums / counts)
 
 
+@pytest.mark.parametrize("suffix", [".gguf", ".dat"])
+def test_a_matrix_has_rows_of_unreached_experts(folder: Path, suffix: str, tmp_path: Path) -> None:
+    path, text = tmp_path / f"i{suffix}", folder.parent / "text.txt"
+    text.write_text(models.sentences(100), encoding="utf-8")
+    few = Calibration(text=str(text), samples=1, length=2)  # two tokens reach at most three of the four experts
+    done = quantize.imatrix(folder, path, calibration=few)
+    assert "More samples help" in done.notes[-1]
+    rows = imatrix.read(path)[EXPERTS].mean_square.view(4, 256)
+    unreached = (rows == 1).all(1)
+    assert 1 <= int(unreached.sum()) <= 2
+    quantize.quantize(folder, tmp_path / "out.gguf", plan="q4_k_m", imatrix=path)
+
+
 def test_each_expert_has_its_own_importances(folder: Path, matrix: Path, tmp_path: Path) -> None:
     found = imatrix.read(matrix)
     squares = found[EXPERTS].mean_square.clone()

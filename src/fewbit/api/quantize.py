@@ -388,7 +388,8 @@ def imatrix(
                     write(made)
             except (OutputError, PlanError) as error:
                 raise publish.rescued(error, out, write) from error
-            return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
+            notes = [*fewer(calibration, text), *pipeline_importances.unreached(found)]
+            return Measured(str(out), len(matrix), tokens.numel(), text["text"], notes, elapsed())
 
         return ranks.run_on_first(published)
 

@@ -332,11 +332,8 @@ class Gathering:
         return Pools(self._pools)
 
     def of_all_ranks(self) -> dict[str, Stats]:
-        """The statistics over all ranks, for each linear that any rank's batches reached.
-
-        Without `alike` also for experts that no token reached: `Pools` completes them.
-        """
-        for name, leader in () if self.alike else self._leaders.items():
+        """The statistics over all ranks, for each linear that any rank's batches reached, and for all experts."""
+        for name, leader in self._leaders.items():
             self.reads.setdefault(name, leader)
         return _of_all_ranks(self.block.skeleton, self.reads, self.stats, self.shapes, self.need)
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import imatrix
 from fewbit.methods.base import name_of
+from fewbit.models.experts import is_of_expert
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
+from fewbit.names import in_short
 from fewbit.pipeline.capture import Block, Inputs, captured, gather, tokens_at_once
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.settled import Settled, model_of
@@ -90,11 +92,29 @@ def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatr
     orders = {route.name: order for route in routes.values() if (order := route.column_order) is not None}
     matrix = {}
     for name, each in measured.items():
-        squares, rows = [s.mean_square.cpu() for s in each], tuple(s.rows for s in each)
+        squares, rows = [_squares(s) for s in each], tuple(s.rows for s in each)
         squares = [square[orders[name]] for square in squares] if name in orders else squares
         one = len(each) == 1
         matrix[name] = imatrix.Importance(squares[0] if one else torch.stack(squares), rows[0] if one else rows)
     return matrix
+
+
+def _squares(stats: Stats) -> Tensor:
+    """mean x_j² [K]. 1 for an expert that no token reached: its count of 0 says so in the file, as llama.cpp's does."""
+    if stats.rows or stats.dropped:
+        return stats.mean_square.cpu()
+    return torch.ones(stats.columns, dtype=torch.float32, device="cpu")
+
+
+def unreached(found: Mapping[str, Stats]) -> list[str]:
+    """A note on the experts in what `measure` found that no token reached, if there are any."""
+    every = {module.rpartition(".")[0]: stats.rows for module, stats in found.items() if is_of_expert(module)}
+    if not (without := [expert for expert, rows in every.items() if not rows]):
+        return []
+    return [
+        f"no calibration token reached {len(without)} of {len(every)} experts, and their columns have equal importances: "
+        f"{in_short(without)}. More samples help"
+    ]
 
 
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
