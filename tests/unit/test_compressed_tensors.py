@@ -108,19 +108,28 @@ def test_act_order_of_older_files_is_kept() -> None:
     assert opened(nothing, config).permutation is None
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", ["tensor", "channel"])
-def test_int8_weights_are_read_and_written_back(strategy: str) -> None:
+def test_int8_weights_are_read_and_written_back(strategy: str, symmetric: bool) -> None:
     w = ordinary(N, K)
     scale = (w.abs().max().reshape(1) if strategy == "tensor" else w.abs().amax(1, keepdim=True)).half() / 127
     codes = (w / scale.float()).round().clamp(-128, 127)
     tensors = {"weight": codes.to(torch.int8), "weight_scale": scale}
-    config = {**groups(num_bits=8, type="int", strategy=strategy), "format": "int-quantized"}
+    zero = torch.full(scale.shape, 0 if symmetric else -3, dtype=torch.int8)
+    if not symmetric:
+        tensors["weight_zero_point"] = zero
+    config = {**groups(num_bits=8, type="int", strategy=strategy, symmetric=symmetric), "format": "int-quantized"}
     weight = opened(tensors, config)
-    assert str(weight.codec) == "int8-row-sym"
-    assert torch.equal(weight.dequantize(), codes * scale.float())
+    assert str(weight.codec) == ("int8-row-sym" if symmetric else "int8-row")
+    assert torch.equal(weight.dequantize(), (codes - zero) * scale.float())
     again = FORMAT.lay_out(weight, config, P)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[suffix], tensors[suffix]) for suffix in tensors)
+    if strategy == "tensor":
+        weight.parts["scale"] = weight.parts["scale"].clone()
+        weight.parts["scale"][1] *= 2
+        with pytest.raises(FormatError, match="one weight_scale for a weight, but its rows have several"):
+            FORMAT.lay_out(weight, config, P)
 
 
 def test_scales_that_float16_cannot_hold_are_counted() -> None:

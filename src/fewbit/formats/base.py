@@ -271,6 +271,16 @@ def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     return config
 
 
+def of_all_rows(values: Tensor, what: str) -> Tensor:
+    """The entry [...] that all rows of `values` [N, ...] have. FormatError if they differ.
+
+    what: the beginning of the error, such as "fp8 files have one scale".
+    """
+    if not bool((values == values[0]).all()):
+        raise FormatError(f"{what} for a weight, but its rows have several")
+    return values[0].clone()
+
+
 def stored_order(group_of: Tensor | None, k: int, groups: int, name: str) -> Tensor | None:
     """The permutation [K] that sorts the columns by group. None if they are sorted already.
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, of_all_rows
 from fewbit.formats.layouts.base import is_float, is_fp8, missing, wrong
 from fewbit.formats.layouts.fp8 import block_size, is_scale, scale_names
 from fewbit.lazy import Tensor, torch
@@ -69,7 +69,7 @@ class FP8Blocks(Format):
         if weight.permutation is not None:
             raise FormatError("fp8 files have no act-order, but the columns of this weight are permuted")
         if scheme.kind == "tensor":
-            scale = scale[0].clone()
+            scale = of_all_rows(scale, "fp8 files have one scale")
         return {"weight": weight.parts["codes"].view(torch.float8_e4m3fn), _SCALE: scale}
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, of_all_rows
 from fewbit.formats.layouts.base import is_float, is_fp8, missing, wrong
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
@@ -70,9 +70,7 @@ class ModelOpt(Format):
             weight.parts.items(), self.specs(weight.shape, weight.codec).values(), strict=True
         ):
             if spec.shape == ():
-                if not bool((tensor == tensor[0]).all()):
-                    raise FormatError(f"modelopt files have one {_PARTS[part]} for a weight, but its rows have several")
-                tensor = tensor[0, 0].clone()
+                tensor = of_all_rows(tensor, f"modelopt files have one {_PARTS[part]}")[0]
             laid[_PARTS[part]] = tensor.view(spec.dtype)
         return laid
 

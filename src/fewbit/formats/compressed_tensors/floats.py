@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Shape
+from fewbit.formats.base import Shape, of_all_rows
 from fewbit.formats.compressed_tensors.config import Args, Group
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
@@ -79,9 +79,11 @@ def lay_out(weight: QTensor) -> dict[str, Tensor]:
         return {
             "weight_packed": parts["codes"],
             "weight_scale": parts["scale"].view(torch.float8_e4m3fn),
-            "weight_global_scale": _one(parts["global"], "global scale"),
+            "weight_global_scale": of_all_rows(parts["global"], "compressed-tensors files have one global scale"),
         }
-    scale = _one(parts["scale"], "scale") if scheme.kind == "tensor" else parts["scale"]
+    scale = parts["scale"]
+    if scheme.kind == "tensor":
+        scale = of_all_rows(scale, "compressed-tensors files have one scale")
     return {"weight": parts["codes"].view(torch.float8_e4m3fn), "weight_scale": scale}
 
 
@@ -163,13 +165,6 @@ def read(tensors: Mapping[str, Tensor], group: Group, module: str) -> QTensor:
     if flaw := scheme.flaw(parts):
         raise FormatError(f"{module}.{names[flaw[0]]} {flaw[1]}")
     return QTensor(scheme, shape, parts)
-
-
-def _one(values: Tensor, what: str) -> Tensor:
-    """The number [1] that all rows have. FormatError if they differ."""
-    if not bool((values == values[0]).all()):
-        raise FormatError(f"compressed-tensors files have one {what} for a weight, but its rows have several")
-    return values[0].clone()
 
 
 def _called(dtype: torch.dtype) -> str:

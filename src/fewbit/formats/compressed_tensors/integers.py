@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Shape, scales_were_rounded, stored_order
+from fewbit.formats.base import Shape, of_all_rows, scales_were_rounded, stored_order
 from fewbit.formats.compressed_tensors.config import Args, Group
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits
@@ -44,8 +44,6 @@ def lay_out(weight: QTensor, form: str, args: Args | None) -> dict[str, Tensor]:
     width, groups = scheme.bits, scheme.groups(k)
     codes, order = parts["codes"], weight.permutation
     made = {"weight_scale": parts["scale"].to(torch.bfloat16 if scheme.bf16 else torch.float16)}
-    if args is not None and args.strategy == "tensor":
-        made["weight_scale"] = made["weight_scale"][:1, 0].clone()
     if order is not None:
         if args is None or not args.ordered or form == UNPACKED:
             raise FormatError("compressed-tensors files have no act-order, but the columns of this weight are permuted")
@@ -55,8 +53,11 @@ def lay_out(weight: QTensor, form: str, args: Args | None) -> dict[str, Tensor]:
         made["weight_g_idx"] = torch.empty_like(group_of).index_copy_(0, order.cpu(), group_of)
     zero = None if scheme.symmetric else bits.unpack(parts["zero"], width, groups)
     if form == UNPACKED:
-        made["weight"] = _signed(bits.unpack(codes, width, k), width)
-        return made if zero is None else {**made, "weight_zero_point": _signed(zero, width)}
+        if zero is not None:
+            made["weight_zero_point"] = _signed(zero, width)
+        if args is not None and args.strategy == "tensor":
+            made = {name: of_all_rows(each, f"int-quantized files have one {name}") for name, each in made.items()}
+        return {**made, "weight": _signed(bits.unpack(codes, width, k), width)}
     made["weight_packed"] = _to_words(codes)
     made["weight_shape"] = torch.tensor([n, k], dtype=torch.int64, device="cpu")
     if zero is not None:
@@ -89,7 +90,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
     ):
         raise _wrong(f"{module}.weight_scale", scale, f"a float [{1 if whole else n}, groups]")
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    if args.group and groups * args.group < 2 * groups:
+    if args.group == 1:
         raise FormatError(f"{module}: group_size = {args.group} in the quantization config: more than 1 is expected")
     if not args.group and groups > 1:
         raise FormatError(f"{module}.weight_scale has {groups} groups, but the config says strategy {args.strategy!r}")
