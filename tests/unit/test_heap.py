@@ -8,6 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fewbit.formats.containers import gguf_split
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.measure import memory
 from fewbit.pipeline.settled import finite
 from fewbit.system import heap
@@ -37,6 +40,28 @@ def test_pages_that_were_read_go_and_what_is_kept_stays(tmp_path: Path) -> None:
     assert 7 * MIB < gone < 9 * MIB
     for name, tensor in mapped.items():
         assert torch.equal(tensor, written[name])  # read again from the file
+
+
+def test_a_checkpoint_with_an_empty_tensor_drops_its_pages(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(8 * MIB, dtype=torch.uint8), "empty": torch.zeros(0)}, path)
+    checkpoint = Checkpoint([path])
+    assert int(checkpoint.get("a").sum()) == 8 * MIB
+    before = memory.kept([path])
+    checkpoint.drop_pages()
+    assert before - memory.kept([path]) > 7 * MIB
+
+
+def test_a_split_file_releases_the_metadata_of_its_first_part(tmp_path: Path) -> None:
+    """The first part has no tensor."""
+    path = tmp_path / "m.gguf"
+    with GgufWriter(path, {"k": "v" * 4 * MIB}, [Entry("t", "f32", (2 * MIB,))]) as writer:
+        writer.add("t", torch.ones(2 * MIB))
+    first, _ = gguf_split.split(path, 9 * MIB)
+    file = GgufFile(first)
+    before = memory.kept([first])
+    file.release_headers()
+    assert before - memory.kept([first]) > 3 * MIB
 
 
 def test_memory_that_belongs_to_no_file_is_left_alone() -> None:

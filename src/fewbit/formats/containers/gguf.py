@@ -109,7 +109,7 @@ class GgufFile:
         self.path, self.metadata, parts = first.path, first.metadata, [first]
         if (count := first.number("split.count", 1)) > 1:
             parts += [_Part(file) for file in gguf_parts.others(first.path, count)]
-        self.files = tuple(part.path for part in parts)
+        self.files, self._parts = tuple(part.path for part in parts), parts
         self.entries: dict[str, Entry] = {}
         self._place: dict[str, tuple[_Part, int]] = {}
         for number, part in enumerate(parts):
@@ -149,7 +149,7 @@ class GgufFile:
 
     def release_headers(self) -> None:
         """Free the memory of the pages of all metadata: a vocabulary takes as much as the weights of some layers."""
-        for part in {id(part): part for part, _ in self._place.values()}.values():
+        for part in self._parts:
             part.release(0, part.at)
 
 

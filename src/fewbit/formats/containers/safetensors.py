@@ -125,7 +125,8 @@ class Checkpoint:
         for file, handle in self._open.items():
             if file not in self._places:
                 whole = [handle.get_tensor(name) for name in handle.keys()]  # noqa: SIM118 - a handle is not a mapping
-                self._places[file] = min(t.data_ptr() for t in whole), max(t.data_ptr() + t.nbytes for t in whole)
+                places = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in whole if t.nbytes]  # an empty one has none
+                self._places[file] = min(places)[0] if places else 0, max(places)[1] if places else 0
         heap.drop_mapped(self._places.values())
 
     def _handle(self, name: str) -> Any:
