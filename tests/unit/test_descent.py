@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from fewbit.errors import ArgumentError, NumericsError
-from fewbit.formats.containers.safetensors import write_file
+from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.pipeline import descent
 from fewbit.pipeline.descent import Descent, Objective, descend
 from fewbit.pipeline.optimization import Optimization
@@ -146,6 +147,19 @@ def test_a_damaged_state_is_not_read(tmp_path: Path) -> None:
     saved = tmp_path / "state.safetensors"
     saved.write_bytes(b"not a state")
     assert Problem().run(Optimization(steps=20), saved).steps == 20
+
+
+@pytest.mark.usefixtures("often")
+def test_a_state_that_lacks_something_changes_nothing(tmp_path: Path) -> None:
+    wanted, saved = Optimization(steps=40), tmp_path / "state.safetensors"
+    Problem().run(wanted, saved)
+    tensors, metadata = read_file(saved)
+    whole = json.loads(metadata["state"])
+    for lacking in whole:
+        write_file(saved, tensors, {"state": json.dumps({key: whole[key] for key in whole if key != lacking})})
+        state = descent._State([Problem().x], wanted)
+        assert not state.load(saved)
+        assert (state.step, state.best_step, state.history, state.best) == (0, 0, [], [])
 
 
 @pytest.mark.usefixtures("often")

@@ -223,3 +223,19 @@ def test_the_limit_is_a_quantile_of_all_calls() -> None:
     scores = Scores([torch.arange(1.0, 501.0), torch.arange(501.0, 1001.0)])
     assert scores.limit(0.999) == 999.0
     assert scores.limit(1.0) == float("inf")
+
+
+def test_two_processes_may_keep_the_same_number(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one writes and renames its file between the two steps of this one."""
+    write, others = costs.write_json, [0.25]
+
+    def interrupted(place: Path, found: dict[str, Any]) -> None:
+        write(place, found)
+        if others:
+            other = others.pop()
+            assert costs.kept("key", lambda: other) == other
+
+    monkeypatch.setattr(costs, "write_json", interrupted)
+    assert costs.kept("key", lambda: 0.5) == 0.5
+    assert costs.kept("key", lambda: 0.75) == 0.5
+    assert [each.suffix for each in (own_cache / "costs").iterdir()] == [".json"]

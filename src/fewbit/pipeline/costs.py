@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -118,9 +119,9 @@ def _place(key: str) -> Path:
 
 def _keep(place: Path, found: Mapping[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    hidden = place.with_suffix(".part")
+    hidden = place.with_suffix(f".{secrets.token_hex(4)}.part")  # another process may measure the same
     write_json(hidden, dict(found))
-    hidden.rename(place)
+    hidden.replace(place)
 
 
 def measured(

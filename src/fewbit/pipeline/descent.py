@@ -143,12 +143,13 @@ class _State:
             tensors, metadata = read_file(path)
             state = json.loads(metadata["state"])
             values = [(tensors[f"{i}.value"], tensors[f"{i}.best"]) for i in range(len(self.parameters))]
-            if any(value.shape != own.shape for own, (value, _) in zip(self.parameters, values, strict=True)):
-                return False
-            self.step, (self.best_step, self.best_loss) = state["step"], state["best"]
-            self.history = [(step, loss) for step, loss in state["history"]]
+            step, (best_step, best_loss) = state["step"], state["best"]
+            history = [(step, loss) for step, loss in state["history"]]
         except (FormatError, ValueError, KeyError, TypeError):
             return False
+        if any(own.shape != each.shape for own, both in zip(self.parameters, values, strict=True) for each in both):
+            return False
+        self.step, self.best_step, self.best_loss, self.history = step, best_step, best_loss, history
         for i, (parameter, (value, best)) in enumerate(zip(self.parameters, values, strict=True)):
             parameter.data.copy_(value)
             self.best.append(best.to(parameter.device))
