@@ -149,6 +149,21 @@ def test_a_pickle_of_something_else_is_refused(held: Any, folder: Path) -> None:
         source.locate(folder)
 
 
+class NoTensor:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("never",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_object_in_a_pickle_is_named_and_not_made(zipped: bool, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    held = {"a": torch.zeros(2), "b": NoTensor()}
+    torch.save(held, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match=r"plain tensors: Unsupported global: GLOBAL (builtins\.)?print") as caught:
+        source.locate(folder)
+    assert "weights_only" not in str(caught.value)
+
+
 def test_the_demo_model_goes_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "folder", lambda: folder)
     assert source.locate("smollm2").folder == folder

@@ -8,6 +8,7 @@ memory.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def converted(folder: Path) -> Path:
             if run.returncode != 0:
                 raise FormatError(
                     f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",
-                    "fewbit loads only tensors from a pickle. Ask its author for safetensors.",
+                    "fewbit loads only tensors from a pickle. Ask its author for safetensors, or get a damaged file again.",
                 )
         if len(files) > 1:
             shards = sorted(target.iterdir())
@@ -78,12 +79,14 @@ def _convert(source: Path, target: Path) -> None:
     import torch
 
     try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # files older than torch 1.6 cannot be memory-mapped
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than torch 1.6 cannot be memory-mapped
+            loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's message is long; its beginning names the rejected object.
-        sys.exit(str(error).replace("\n", " ")[:300])
+        # torch's long message advises how to load the file all the same. One sentence of it names the rejected object.
+        rejected = re.search(r"WeightsUnpickler error: (.+?)(?:\. Please|\n|$)", str(error))
+        sys.exit(rejected[1] if rejected else f"{type(error).__name__} {error}".replace("\n", " ")[:300])
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         sys.exit("it is not a dictionary of tensors")
     # Tensors that share storage (tied weights) are written twice: safetensors cannot store aliases.
