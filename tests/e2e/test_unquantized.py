@@ -18,6 +18,7 @@ import fewbit as fb
 from fewbit.advise import doctor
 from fewbit.kernels.cpu import kernel
 from fewbit.models.decoding import compiled_blocks, unquantized
+from fewbit.models.decoding.stand_in import PLACE
 from fewbit.system import native
 from tests import models
 from tests.e2e.test_compiled_blocks import apart, ids_of, llama, outputs, rounded_activations
@@ -66,7 +67,7 @@ def test_a_head_gives_the_logits_of_its_own_code(llama: Path, dtype: torch.dtype
     assert rows[-len(PARTS) :] == list(PARTS)
     assert found(model) == [model.lm_head]
     assert apart(own, plain) <= (1e-3 if dtype == torch.float16 else 8e-3)
-    assert "forward" not in vars(model.lm_head)
+    assert PLACE not in vars(model.lm_head)
 
 
 def test_the_blocks_of_a_model_in_float16_are_computed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from fewbit.errors import PlanError
 from fewbit.models.decoding import caches
 from fewbit.models.decoding.caches import InPlaceLayer, ReservedLayer, WindowLayer, in_place
 
@@ -52,6 +53,15 @@ def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("parts", [(1,) * 30, (9, 1, 1, 4, 1, 1), (3, 20, 1), (4, 1, 4, 1)])
 def test_tokens_are_kept(kind: str, parts: tuple[int, ...]) -> None:
     grow(*PAIRS[kind](), *parts)
+
+
+def test_a_reserved_layer_refuses_what_has_no_room() -> None:
+    layer = ReservedLayer(4)
+    layer.update(*states(3))
+    with pytest.raises(PlanError, match="longer than the 4 tokens that the model was fused for"):
+        layer.update(*states(2))
+    layer.update(*states(1))
+    assert layer.get_seq_length() == 4
 
 
 @pytest.mark.parametrize("kind", PAIRS)

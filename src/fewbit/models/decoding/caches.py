@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from fewbit.errors import PlanError
 from fewbit.kernels.nvidia import operators
 
 # The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
@@ -73,7 +74,12 @@ class InPlaceLayer(DynamicLayer):
             self.whole = tuple(torch.cat(pair, dim=-2) for pair in zip(known, states, strict=True))
             self.start, self.end = 0, self.end - self.start
         else:
-            self.reserve(tokens)
+            if not self.reserve(tokens):
+                room = self.whole[0].shape[-2]
+                raise PlanError(
+                    f"the text is longer than the {room} tokens that the model was fused for",
+                    "Fuse it for more tokens.",
+                )
             for whole, new in zip(self.whole, states, strict=True):
                 whole[..., self.end : self.end + tokens, :] = new
         first, end = self.first(), self.end + tokens

@@ -10,7 +10,7 @@ that are not recognized. Products with unquantized weights are replaced in the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -28,7 +28,8 @@ from fewbit.models import blocks, parallel
 from fewbit.models.decoding import pages
 from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, child, wirings
 from fewbit.models.decoding.caches import CACHE, ReservedLayer, in_place, reserved
-from fewbit.models.decoding.replacement import Forward, Replacement, Turns, named, names_of
+from fewbit.models.decoding.replacement import Replacement, Turns, named, names_of
+from fewbit.models.decoding.stand_in import StandIn
 from fewbit.models.decoding.steps import Steps
 from fewbit.models.decoding.unquantized import Product, products
 from fewbit.system import native
@@ -81,8 +82,8 @@ def split(model: Any) -> tuple[list[str], list[str], dict[str, str]]:
     if model.device.type != "cpu" or model.dtype not in _SAME:
         return [], [], dict.fromkeys(names, f"the model is {str(model.dtype).removeprefix('torch.')} on {model.device}")
     hooks = next((hook.__self__ for hook in model._forward_pre_hooks.values() if _own(hook)), None) or _Hooks()
-    found: dict[Any, Any] = hooks.look(model)
-    own = {name: served.__self__ for name in names if (served := found.get(model.get_submodule(name))) is not None}
+    found = hooks.look(model)
+    own = {name: served for name in names if (served := found.get(model.get_submodule(name))) is not None}
     halves = [name for name, each in own.items() if each.rest is not None]
     return [name for name in own if name not in halves], halves, hooks.reasons
 
@@ -93,9 +94,9 @@ def whole(model: Any) -> list[Replacement] | None:
     return None if hooks is None else _whole(model, hooks.look(model))
 
 
-def _whole(model: Any, found: dict[Any, Any]) -> list[Replacement] | None:
+def _whole(model: Any, found: dict[Any, Replacement]) -> list[Replacement] | None:
     names = blocks.find_blocks(model)
-    served = [getattr(found.get(model.get_submodule(name)), "__self__", None) for name in names]
+    served = [found.get(model.get_submodule(name)) for name in names]
     every = [each for each in served if each is not None and each.rest is None and each.before is None]
     return every if every and len(every) == len(names) else None
 
@@ -118,7 +119,7 @@ class _Hooks:
     """
 
     def __init__(self) -> None:
-        self.found: dict[Any, Forward] | None = None
+        self.found: dict[Any, Replacement] | None = None
         self.products: dict[Any, Product] = {}
         self.steps: Steps | None = None
         self.reasons: dict[str, str] = {}
@@ -126,10 +127,9 @@ class _Hooks:
         self.lock, self.calls = RLock(), local()
 
     def __reduce__(self) -> Any:
-        self.settle()  # a model's hooks are copied before its modules
         return (_Hooks, ())  # a copy of the model finds its own
 
-    def look(self, model: Any) -> dict[Any, Forward]:
+    def look(self, model: Any) -> dict[Any, Replacement]:
         """The blocks that the library computes, tested at the first call."""
         with self.lock:
             if self.found is None:
@@ -139,13 +139,10 @@ class _Hooks:
                 self.products = products(model)
             return self.found
 
-    @property
-    def forwards(self) -> Iterator[tuple[Any, Callable[..., Any]]]:
-        """The modules that the library computes, and what replaces their forward."""
-        yield from (self.found or {}).items()
-        yield from ((linear, own.forward) for linear, own in self.products.items())
-        if self.steps is not None:
-            yield self.steps.base, self.steps.forward
+    def stand_ins(self) -> list[StandIn]:
+        """What computes the calls of modules instead of these."""
+        made = [own.stand_in for own in (self.found or {}).values()] + [own.stand_in for own in self.products.values()]
+        return made if self.steps is None else [*made, self.steps.stand_in]
 
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -165,8 +162,8 @@ class _Hooks:
             elif blocks:
                 pages.begin(cache, kwargs)
             if self.running == 0:
-                for module, forward in self.forwards:
-                    vars(module).setdefault("forward", forward)
+                for each in self.stand_ins():
+                    each.put()
             self.running += 1
             taken[-1] = True
 
@@ -188,12 +185,11 @@ class _Hooks:
     def _ended(self, calls: int) -> None:
         self.running -= calls
         if self.running == 0:
-            for module, forward in self.forwards:
-                if vars(module).get("forward") == forward:
-                    del vars(module)["forward"]
+            for each in self.stand_ins():
+                each.take_away()
 
 
-def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
+def _steps(model: Any, found: dict[Any, Replacement]) -> Steps | None:
     """What replaces the decoder's forward for single tokens, if its parts are known."""
     blocks = _whole(model, found) if found else None
     with suppress(Exception):  # a decoder of another kind can raise anything
@@ -201,8 +197,8 @@ def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
     return None
 
 
-def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
-    """The blocks that the library computes, and their forwards; why not other blocks, or the half of a block."""
+def _found(model: Any) -> tuple[dict[Any, Replacement], dict[str, str]]:
+    """The blocks that the library computes, and by what; why not other blocks, or the half of a block."""
     ways, halves, reasons = dict[str, list[Wiring]](), dict[str, str](), dict[str, str]()
     if model.dtype not in _SAME:
         return {}, reasons
@@ -216,7 +212,7 @@ def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
             reasons[name] = str(reason)
     if isinstance(native.library(), str) or not ways:
         return {}, reasons
-    found, finder, pending = dict[Any, Forward](), _Finder(model.dtype), list(ways)
+    found, finder, pending = dict[Any, Replacement](), _Finder(model.dtype), list(ways)
     for seed in range(_TRIES):
         seen, again = _observed(model, pending, seed), list[str]()
         for name in pending:
@@ -225,7 +221,7 @@ def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
                 continue
             made, why, close = finder.found(model.get_submodule(name), ways[name], cases)
             if made is not None:
-                found[model.get_submodule(name)] = made.forward
+                found[model.get_submodule(name)] = made
             elif close:
                 again.append(name)
             reasons[name] = why or halves[name]
@@ -301,8 +297,9 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
     cache: Any = reserved(model, _PROMPT + 1)
     position = 0
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def noting(name: str, module: Any) -> StandIn:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = module.forward(*args, **kwargs)
             index = getattr(child(module, ATTENTION), "layer_idx", None)
             layer = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
             given = named(names_of(module.forward), args, kwargs)
@@ -316,8 +313,9 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
                 beside = [None for _ in rest] if isinstance(out, tuple) else None
                 case = _Case(x.clone(), given, first.clone(), beside, layer, _last(layer), position)
                 seen[name] = [*(seen[name] if isinstance(seen[name], list) else ()), case]
+            return out
 
-        return hook
+        return StandIn(module, forward)
 
     generator = torch.Generator("cpu").manual_seed(seed)
     words = model.get_input_embeddings().weight.shape[0]
@@ -325,11 +323,11 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
     given: dict[str, Any] = {CACHE: cache, "use_cache": True}
     if "logits_to_keep" in signature(model.forward).parameters:  # those of all tokens can take more than a block
         given["logits_to_keep"] = 1
-    handles = []
+    noted = [noting(name, model.get_submodule(name)) for name in names]
     try:
         model(input_ids=ids[:, :_PROMPT], **given)
-        for name in names:
-            handles.append(model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True))
+        for each in noted:
+            each.put()
         for position in (0, *_far(model)):
             if position:  # instead of the token before; layers of other kinds keep what they have
                 for layer in (each for each in cache.layers if type(each) is ReservedLayer):
@@ -339,8 +337,8 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
     except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
         return dict.fromkeys(names, f"the model fails with a reserved cache ({error!r:.100})")
     finally:
-        for handle in handles:
-            handle.remove()
+        for each in noted:
+            each.take_away()
     return seen
 
 

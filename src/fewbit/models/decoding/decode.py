@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -26,6 +26,7 @@ from fewbit.models.decoding.caches import CACHE, EMPTIED, reserved, static
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.graph import Compiled, Graph
 from fewbit.models.decoding.loop import Loop, can_serve
+from fewbit.models.decoding.stand_in import StandIn
 
 _CLOSE = 0.05  # relative distance of logits at which they count as equal: in bfloat16, longer sums round differently
 # Arguments of `generate` that bring or need another cache.
@@ -81,11 +82,23 @@ class Decoder:
     def __init__(self, model: Any, length: int, *, compile: bool = False) -> None:
         self.model, self.length, self.compile = model, length, compile
         self.plain: Callable[..., Any] = model.generate
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which begins without a text: another thread may be writing one."""
+        return {key: value for key, value in vars(self).items() if key in ("model", "length", "compile", "plain")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was generated yet."""
         self.cache: Any = None
         self.loop: Loop | None = None
         self.graph: StepGraph | None = None
         self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
-        self.room = length  # tokens of the cache, which a conversation may have made more than `length`
+        self.room = self.length  # tokens of the cache, which a conversation may have made more than `length`
         self.used = 0
         self.first = True  # whether the next call of the model reads the prompt
         self.reader: Resume | None = None  # whose text the cache holds
@@ -135,28 +148,22 @@ class Decoder:
         self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"), most)
         self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, requested.get("num_return_sequences") or 1)
         self.reader, self.first, forward = None, True, self.model.forward
-        hooked = "forward" in self.model.__dict__
-
-        @wraps(forward)  # `generate` reads the signature to prepare arguments
-        def step(*given: Any, **named: Any) -> Any:
-            return self._step(forward, *given, **named)
-
         given = {**kwargs, CACHE: self.cache, "disable_compile": True}
         if len(args) < 2 and isinstance(self.cache, StaticCache) and can_serve(self.model, requested):
             self.loop = self.loop or Loop(self._quick(forward), self.cache, self.room)
             given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
-        self.model.forward = step
+        steps = StandIn(self.model, partial(self._step, forward)) if isinstance(self.cache, StaticCache) else None
         try:
+            if steps is not None:
+                steps.put()
             with grouped_queries():
                 out = self.plain(*args, **given)
             if resume is not None:
                 self.reader, self.read, resume.kept = resume, out[0, :-1].tolist(), self.kept  # the last was not fed
             return out
         finally:
-            if hooked:
-                self.model.forward = forward
-            else:
-                del self.model.forward
+            if steps is not None:
+                steps.take_away()
 
     def _empty(self) -> None:
         self.cache.reset()

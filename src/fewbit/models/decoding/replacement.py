@@ -13,6 +13,7 @@ from fewbit.kernels.cpu.block import Block, Cached, Wiring
 from fewbit.models.decoding import pages
 from fewbit.models.decoding.block_parts import ATTENTION, child, mlp_of, norm_names
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer
+from fewbit.models.decoding.stand_in import StandIn
 from fewbit.nn.layers import Packed
 
 Forward = Callable[..., Any]
@@ -66,6 +67,7 @@ class Replacement:
         self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: Turns, beside: list[None] | None = None
     ) -> None:
         self.module, self.plain = module, module.forward
+        self.stand_in = StandIn(module, self.forward)
         self.names, self.beside, self.parallel = names_of(self.plain), beside, wiring.parallel
         self.block, self.dtype = Block(wiring, dtype), dtype
         self.layer: int = child(module, ATTENTION).layer_idx

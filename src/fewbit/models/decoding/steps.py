@@ -23,6 +23,7 @@ from fewbit.kernels.cpu.block import Cached, GrowingChain
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer, WindowLayer
 from fewbit.models.decoding.outside import Outside
 from fewbit.models.decoding.replacement import Replacement
+from fewbit.models.decoding.stand_in import StandIn
 
 _CACHES = (CACHE, "past_key_values")
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache", *_CACHES}
@@ -37,6 +38,7 @@ class Steps:
         """blocks: of all layers, in order. KernelError if the decoder is of another kind."""
         self.base = model.get_decoder()
         self.plain, config = self.base.forward, self.base.config
+        self.stand_in = StandIn(self.base, self.forward)
         self.blocks = list(blocks)
         self.outside: Outside | None = Outside(model, self.blocks)
         self.windows = _windows(config, self.blocks)
@@ -134,7 +136,7 @@ class Steps:
             if "forward" in vars(part):
                 return False
         for block in self.blocks:
-            if vars(block.module).get("forward") != block.forward or not block.same():
+            if not (block.stand_in.serves() and block.same()):
                 return False
         hooks = RemovableHandle.next_id  # grows with each hook that is registered anywhere
         if hooks != self.hooks:
