@@ -21,6 +21,7 @@ from fewbit.pipeline.fisher import Scores, Sweep, fishers, sampled
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Rule
 from fewbit.schemes.base import chunk_rows, parse
+from fewbit.system import files
 from tests import architectures
 from tests import models as tiny_models
 
@@ -227,10 +228,10 @@ def test_the_limit_is_a_quantile_of_all_calls() -> None:
 
 def test_two_processes_may_keep_the_same_number(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one writes and renames its file between the two steps of this one."""
-    write, others = costs.write_json, [0.25]
+    others = [0.25]
 
     def interrupted(place: Path, found: dict[str, Any]) -> None:
-        write(place, found)
+        files.write_json(place, found)
         if others:
             other = others.pop()
             assert costs.kept("key", lambda: other) == other

@@ -112,8 +112,8 @@ def unreached(found: Mapping[str, Stats]) -> list[str]:
     if not (without := [expert for expert, rows in every.items() if not rows]):
         return []
     return [
-        f"no calibration token reached {len(without)} of {len(every)} experts, and their columns have equal importances: "
-        f"{in_short(without)}. More samples help"
+        f"no calibration token reached {len(without)} of {len(every)} experts, and their columns have equal "
+        f"importances: {in_short(without)}. More samples help"
     ]
 
 

@@ -58,7 +58,7 @@ def converted(folder: Path) -> Path:
             if run.returncode != 0:
                 raise FormatError(
                     f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",
-                    "fewbit loads only tensors from a pickle. Ask its author for safetensors, or get a damaged file again.",
+                    "fewbit loads only tensors from a pickle. Ask its author for safetensors, or get the file again.",
                 )
         if len(files) > 1:
             shards = sorted(target.iterdir())
