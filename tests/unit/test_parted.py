@@ -52,6 +52,16 @@ def test_what_cannot_be_cut_says_why(spec: str, axis: int, count: int, why: str)
         part(whole, axis, 0, count)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [192, 384, 640])
+def test_no_part_is_cut_if_one_border_is_in_a_block(size: int, axis: int) -> None:
+    """Ranks whose linear is cut wait for the others in each step."""
+    whole = packed("fp8-b128", (size, size))
+    for index in range(2):
+        with pytest.raises(PlanError, match="groups would cross a border"):
+            part(whole, axis, index, 2)
+
+
 def test_rows_keep_the_order_of_columns() -> None:
     whole = packed("int4-g32", (8, 64))
     whole.permutation = torch.randperm(64, generator=torch.Generator().manual_seed(1))

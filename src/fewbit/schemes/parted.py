@@ -31,7 +31,7 @@ def part(weight: QTensor, axis: int, index: int, count: int) -> QTensor:
     """Part `index` of `count` equal parts of a weight: of its rows (axis 0) or of its stored columns (axis 1).
 
     Columns are cut in the order in which they are stored; that part has no permutation. PlanError if the weight cannot
-    be cut so.
+    be cut so: for each index or for none, so that all ranks of a run decide alike.
     """
     size, shape = weight.shape[axis], list(weight.shape)
     if size % count:
@@ -39,8 +39,13 @@ def part(weight: QTensor, axis: int, index: int, count: int) -> QTensor:
     shape[axis] //= count
     small = (shape[0], shape[1])
     for codec, parts in ((weight.codec, weight.parts), weight.codec.single(weight.parts, weight.shape)):
-        if (cut := _cut(codec, parts, weight.shape, small, (axis, index))) is not None:
-            return QTensor(codec, small, cut, None if axis else weight.permutation)
+        own: Parts = {}
+        for at in range(count):
+            if (cut := _cut(codec, parts, weight.shape, small, (axis, at))) is None:
+                break
+            own = cut if at == index else own
+        else:
+            return QTensor(codec, small, own, None if axis else weight.permutation)
     raise PlanError(
         f"its {size} {_NAMES[axis]} cannot be cut into {count} parts of {weight.codec}: groups would cross a border"
     )
