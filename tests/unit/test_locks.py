@@ -10,6 +10,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from fewbit.pipeline.run import Run
 from fewbit.system import locks
 
 
@@ -82,3 +83,17 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
         assert other.returncode == 0
     with locks.alone(tmp_path, waiting):
         assert len(said) == 1
+
+
+def test_a_run_forgets_the_folder_that_it_used(own_cache: Path) -> None:
+    with Run("same") as first:
+        first.save(0, {}, [])
+        with pytest.warns(UserWarning, match="another process does the same work"):
+            second = Run("same")
+        with second:
+            second.save(0, {}, [])
+        assert len(list((own_cache / "runs").iterdir())) == 2
+        second.forget()
+    assert [each.name for each in (own_cache / "runs").iterdir()] == ["same"]
+    first.forget()
+    assert list((own_cache / "runs").iterdir()) == []

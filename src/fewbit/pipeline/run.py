@@ -57,8 +57,8 @@ class Run:
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self._place = cache_folder() / "runs" / fingerprint if ranks.first() else None
-        self._held = locks.resumable(self._place) if self._place is not None else None
+        self._held = locks.resumable(cache_folder() / "runs" / fingerprint) if ranks.first() else None
+        self._folder = None if self._held is None else self._held.folder
 
     def __enter__(self) -> Self:
         return self
@@ -107,8 +107,8 @@ class Run:
 
     def forget(self) -> None:
         """Delete the saved blocks, unless another process has locked the folder meanwhile."""
-        if self._place is not None and self._held is None and self._place.exists():
-            self._held = locks.hold(self._place)
+        if self._folder is not None and self._held is None and self._folder.exists():
+            self._held = locks.hold(self._folder)
         if self._held is not None:
             self._held.remove()
             self._held = None
