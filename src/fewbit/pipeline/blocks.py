@@ -288,7 +288,7 @@ def _stored(
             notes.append("no input reached it, so the scale of its inputs is 1")
         scales = format.scales_of_inputs(assignment.scheme, 0.0 if stats is None or unseen else stats.largest)
         tensors |= {f"{assignment.module}.{suffix}": tensor for suffix, tensor in scales.items()}
-    report = _report(assignment, choice.weight, lost, stats, notes)
+    report = _report(assignment, lost, stats, notes)
     return tensors, replace(report, target=choice.target)
 
 
@@ -324,10 +324,10 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
     total = sum((lost for _, lost, _ in found), Lost())
     notes = list(dict.fromkeys(note for _, _, notes in found for note in notes))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
-    return _laid_out(settled, assignment, quantized), [_report(assignment, quantized, total, None, notes)]
+    return _laid_out(settled, assignment, quantized), [_report(assignment, total, None, notes)]
 
 
-def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | None, notes: list[str]) -> TensorReport:
+def _report(assignment: Assignment, lost: Lost, stats: Stats | None, notes: list[str]) -> TensorReport:
     return TensorReport(
         module=assignment.module,
         shape=assignment.shape,

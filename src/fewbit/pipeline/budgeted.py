@@ -188,7 +188,6 @@ def chosen(job: Job, choice: Choice, texts: Texts, tell: Told) -> tuple[Job, All
             "Run once without torchrun and with `--dry-run --json`, and give its plan to the processes.",
         )
     found = costs.cached(
-        job.settled,
         choice.widths,
         fingerprint(job.settled, Inputs(texts.windows, job.importance), machine.versions()),
         lambda: costs.measured(job.settled, choice.widths, texts.windows, job.importance, tell),

@@ -88,7 +88,7 @@ def widths(settled: Settled) -> dict[str, list[Scheme]]:
     return found
 
 
-def cached(settled: Settled, options: Mapping[str, Sequence[Scheme]], key: str, measure: Callable[[], Costs]) -> Costs:
+def cached(options: Mapping[str, Sequence[Scheme]], key: str, measure: Callable[[], Costs]) -> Costs:
     """The costs in the cache, or else those that `measure` returns. key: a digest of everything that determines them,
     except the options."""
     spelled = json.dumps({module: [str(s) for s in schemes] for module, schemes in options.items()})

@@ -62,11 +62,6 @@ class Original:
         assert self.advanced
         return self._next
 
-    @property
-    def replaced(self) -> bool:
-        """Whether linears of the block have quantized weights already."""
-        return bool(self._weights)
-
     def same_as(self, hidden: Sequence[Tensor]) -> bool:
         """Whether both models have the same states at the block's input: it is the first."""
         return all(one is other for one, other in zip(self.states, hidden, strict=False))
