@@ -5,7 +5,20 @@
 - Types with few levels (q1_0, q2_0, tq1_0, tq2_0) are those of `digits`.
 - MXFP4 stores 4-bit floats (E2M1) and one power of two for 32 columns.
 
-With `grid` the entry of the codebook:
+Bytes of a block, each field with its first byte. Words are little-endian; of fields in a byte or word, the first is in
+the lowest bits. "s": the scales of all sub-blocks, 4 bits each, one after the other.
+
+    iq2_xxs   0 d   2 for each 32 columns: 4 indices of 8 bits, then 32 bits: 4 x 7 signs, s
+    iq2_xs    0 d   2 for each 8 columns 16 bits: 9 of the index, 7 signs                        66 s
+    iq2_s     0 d   2 index, low 8 bits    34 signs, 1 bit     66 index, top 2 bits              74 s
+    iq3_xxs   0 d   2 index, 8 bits        66 for each 32 columns 32 bits: 4 x 7 signs, s
+    iq3_s     0 d   2 index, low 8 bits    66 index, top bit   74 signs, 1 bit                  106 s
+    iq1_s     0 d   2 index, low 8 bits    34 for each 32 columns 16 bits: 4 x top 3 bits of the index, 3 of s, ±
+    iq1_m           0 index, low 8 bits    32 for each 8 columns 4 bits: top 3 bits of the index, ±
+                   48 for each 64 columns 16 bits: 4 x 3 bits of s, 4 bits of d
+    mxfp4     0 e   1 codes: column j in the low half of byte 1 + j, column j + 16 in its high half
+
+± is the bit of the shift by 1/8: set for minus. With `grid` the entry of the codebook:
 
     iq2_xxs, iq2_xs, iq2_s    w = ± d (s + 1/2) / 4 * grid
     iq3_xxs                   w = ± d (s + 1/2) / 2 * grid

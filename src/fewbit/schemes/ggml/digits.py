@@ -1,10 +1,13 @@
 """Types whose codes are one to two bits and have one scale d for a block: w = d level[c].
 
-    q1_0      -1, 1           one bit each, eight neighbours in a byte
-    q2_0      -1, 0, 1, 2     two bits each, four neighbours in a byte
-    tq2_0     -1, 0, 1        two bits each, columns 32 apart in a byte
-    tq1_0     -1, 0, 1        digits of base 3, five in a byte: columns 32 apart, then 16; four in the last bytes
+    type    levels         columns  bytes
+    q1_0    -1, 1          128      0 d, 2 codes      one bit each, eight neighbours in a byte
+    q2_0    -1, 0, 1, 2     64      0 d, 2 codes      two bits each, four neighbours in a byte
+    tq2_0   -1, 0, 1       256      0 codes, 64 d     two bits each, columns 32 apart in a byte
+    tq1_0   -1, 0, 1       256      0 codes, 52 d     digits of base 3, five in a byte: columns 32 apart in bytes 0-31,
+                                                      16 apart in 32-47; four in a byte, 4 apart, in 48-51
 
+d is in fp16. The first column of a byte is in the lowest bits; of tq1_0, it is the highest digit.
 A byte of tq1_0 is its number of five digits as a fraction of 243, rounded up: 256 / 243 times the number. So
 multiplying by a power of 3 brings a digit to the top. Where there are four digits, the last is 0.
 

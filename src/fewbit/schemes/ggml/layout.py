@@ -12,7 +12,25 @@ codes are `width` columns apart. Byte j of run t, 0 <= j < width, holds the colu
 
     (t * lanes + lane) * width + j        for lane = 0, 1 ..., lowest bits first.
 
-One or two planes describe the codes of each type (`LAYOUTS`). The sub-scales have no common rule:
+One or two planes describe the codes of each type (`LAYOUTS`). Each field of a block with its first byte, and the size:
+
+    q4_0     0 d      2 codes                                                       18
+    q4_1     0 d      2 dmin       4 codes                                          20
+    q5_0     0 d      2 bit 4      6 bits 0-3                                       22
+    q5_1     0 d      2 dmin       4 bit 4       8 bits 0-3                         24
+    q8_0     0 d      2 codes - 128, signed bytes                                   34
+    q2_k     0 sc, m  16 codes    80 d          82 dmin                             84
+    q3_k     0 bit 2  32 bits 0-1 96 sc        108 d                               110
+    q4_k     0 d      2 dmin       4 sc, m      16 codes                           144
+    q5_k     0 d      2 dmin       4 sc, m      16 bit 4     48 bits 0-3           176
+    q6_k     0 bits 0-3          128 bits 4-5  192 sc       208 d                  210
+    iq4_nl   0 d      2 codes                                                       18
+    iq4_xs   0 d      2 sc, top    4 sc, low     8 codes                           136
+
+    byte            0   1     2      3            17
+    block of q4_0 |   d   |16, 0 |17, 1 |  ... |31,15|       columns (high half, low half)
+
+The sub-scales have no common rule:
 
     q4_k, q5_k   12 bytes. Bytes 0-3: low six bits of sc 0-3. Bytes 4-7: low six bits of m 0-3. Bytes 8-11: low four
                  bits of sc 4-7 (low nibble) and m 4-7 (high nibble). The top two bits of bytes 0-3 and 4-7 are the top
