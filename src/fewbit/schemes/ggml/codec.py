@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Codec, Parts, PartSpec, Scheme, parse
@@ -35,6 +36,10 @@ class Blocks(Codec):
         large, written = shape[1] % 256 == 0, {**LAYOUTS, **VECTORS} if self.name in VECTORS else LAYOUTS
         return [parse(name) for name, kind in written.items() if (kind.columns == 256) == large or name == "q8_0"]
 
+    def with_group(self, group: int) -> Self:
+        """This scheme: the block size is fixed by its type."""
+        return self
+
     @property
     def payload(self) -> str:
         return "blocks"
@@ -47,6 +52,9 @@ class Blocks(Codec):
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         n, k = shape
         return {"blocks": PartSpec((n, k // self.type.columns * self.type.nbytes), torch.uint8)}
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: half(value) for name, value in floats.items()}
 
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
@@ -67,9 +75,6 @@ class OfCodebook(Blocks):
         if not codebook.has_scale(self.name):
             return {}
         return {"d": codebook.scale_of(self.name, blocks.reshape(-1, self.type.nbytes)).view(len(blocks), -1)}
-
-    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: half(value) for name, value in floats.items()}
 
     def values(
         self,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
@@ -73,10 +73,6 @@ class Few(OfCodebook, Scheme):
     @classmethod
     def from_spec(cls, spec: str) -> Few | None:
         return cls(group=DIGITS[spec].columns, name=spec) if spec in DIGITS else None
-
-    def with_group(self, group: int) -> Self:
-        """This scheme: the block size is fixed by its type."""
-        return self
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> FewGrids:
         check_values(w, FP16_LARGEST, "fp16 scales")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
@@ -44,10 +44,6 @@ class IQ(OfCodebook, Scheme):
     @property
     def vector(self) -> int:
         return VECTORS[self.name].vector
-
-    def with_group(self, group: int) -> Self:
-        """This scheme: the block size is fixed by its type."""
-        return self
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> VectorGrids:
         check_values(w, FP16_LARGEST, "fp16 scales")

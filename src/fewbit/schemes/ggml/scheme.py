@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
@@ -15,7 +15,7 @@ from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.ggml.digits import DIGITS
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
-from fewbit.schemes.ggml.search import BlockScales, fit, half
+from fewbit.schemes.ggml.search import BlockScales, fit
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 from fewbit.schemes.ggml.vectors import VECTORS
 
@@ -59,9 +59,6 @@ class GGML(Blocks, Scheme):
     def floats(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return blockwise.units(self.name, parts["blocks"])
 
-    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: half(value) for name, value in floats.items()}
-
     def values(
         self,
         parts: Mapping[str, Tensor],
@@ -75,10 +72,6 @@ class GGML(Blocks, Scheme):
 
     def with_floats(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> Parts:
         return {"blocks": blockwise.with_units(self.name, parts["blocks"], floats)}
-
-    def with_group(self, group: int) -> Self:
-        """This scheme: the block size is fixed by its type."""
-        return self
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> BlockGrids:
         check_values(w, FP16_LARGEST, "fp16 scales")
