@@ -17,11 +17,16 @@ layer is rounded. If activations are not rounded, this holds for up to `FEW` row
 float32, each once, and multiplied by torch, which is faster: the products are the same, but float32 sums are added in
 another order, so results differ by about 1e-7 of their norm.
 
-With one row of activations, one thread of a Xeon of 2023 and weights of 4096 x 14336, AVX-512 reads MXFP4 at 13.7 GB/s,
-NVFP4 at 13.3 and FP8 at 10.9 (rows) and 12.2 (blocks), where int4-g128 reaches 10.7 and a plain read 13.4 to 13.9. AVX2
-reads them at 10.7, 11.3, 9.3 and 6.1 GB/s beside int4-g128's 9.8 (`benchmarks/cpu.py`, one run for each of the two).
-Types with a codebook look up a word for each 4 or 8 columns, and that limits them: one thread of an EPYC of 2025, with
-AVX-512, multiplies by 23e9 weights a second of iq2_xxs and 16e9 of iq3_xxs, where q4_k reaches 56e9 and tq2_0 79e9.
+Speed with one row of activations, one thread, and weights of 4096 x 14336 that are read from memory. On an EPYC of 2025
+with AVX-512, as a share of a plain read of 34 to 42 GB/s (benchmarks/results/2026-11-cpu.md):
+
+    int4-g128 89 %   int4-g32 82   int3-g64 72   int2-g64 70   int8-g128 80   mxfp4 89   fp8-row 81   fp8-b128 70
+    q4_k 82          q6_k 87       q8_0 92       q2_k 70       q3_k 70        tq2_0 77   nf4-b64 72   nf4-b64-dq 57
+
+Types with a codebook look up a word for each 4 or 8 columns, and that limits them: iq2_xxs reaches 6.0 GB/s, 23e9 weights
+a second, and iq3_xxs 6.1 GB/s, 16e9. On a Xeon of 2023, where a plain read reaches 13.4 to 13.9 GB/s, MXFP4 reaches 13.7,
+NVFP4 13.3, FP8 10.9 (rows) and 12.2 (blocks), and int4-g128 10.7; with AVX2 10.7, 11.3, 9.3, 6.1 and 9.8
+(2026-11-floats.md there).
 
 `product` multiplies by weights in 16 bits that are not quantized. One thread of an EPYC of 2025 reads a bfloat16 head
 of 49152 x 576 at 31 GB/s with AVX-512, where a plain read reaches 36 and PyTorch's product 17 (one run).

@@ -10,7 +10,8 @@
 // decode.cuh). Rows of x after the last one and columns after K become zeros. Runs of tiles, partial sums and their order
 // are those of many.cu, with a cluster in place of a block. A piece is TALL rows of W for each block of the cluster.
 //
-// 256 rows and int4-g128 on an H200, 28672 x 8192: 640 to 680 TFLOP/s, 0.7 TB/s of weights.
+// 256 rows and int4-g128 on an H200, 28672 x 8192: 640 to 680 TFLOP/s, 0.7 TB/s of weights
+// (benchmarks/results/2026-11-h200.md).
 // More macros: CLUSTER DEPTH, and WGMMA as in many.cu.
 
 #define ROWS (8 * NT)
