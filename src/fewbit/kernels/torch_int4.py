@@ -5,8 +5,8 @@ Scale and offset of each group are a bfloat16 pair [groups, N, 2], with w = (c -
 scales to bfloat16 changes a result by about 2.4e-3. The fp16 scales are kept too, because `restore` must be exact.
 
 One thread of a Xeon with AVX-512 reads int4-g128-sym at 8.3 GB/s, where a plain read reaches 13.5
-(benchmarks/results/2026-11-cpu.md). One row of activations and a weight of 28672 x 8192 on an H200: 124.8 MB in 94.7 µs,
-1.3 TB/s (benchmarks/results/2026-11-h200.md).
+(benchmarks/results/2026-11-cpu.md). An H200 multiplies one row by a weight of 28672 x 8192, 124.8 MB, in 94.7 µs: 1.3
+TB/s (benchmarks/results/2026-11-h200.md).
 
 PyTorch packs the codes in an undocumented order that depends on the machine's vector width. `restore` does not need to
 know it: a product with the identity matrix, with all scales 1 and all offsets 0, returns the codes.

@@ -23,9 +23,9 @@ with AVX-512, as a share of a plain read of 34 to 42 GB/s (benchmarks/results/20
     int4-g128 89 %   int4-g32 82   int3-g64 72   int2-g64 70   int8-g128 80   mxfp4 89   fp8-row 81   fp8-b128 70
     q4_k 82          q6_k 87       q8_0 92       q2_k 70       q3_k 70        tq2_0 77   nf4-b64 72   nf4-b64-dq 57
 
-Types with a codebook look up a word for each 4 or 8 columns, and that limits them: iq2_xxs reaches 6.0 GB/s, 23e9 weights
-a second, and iq3_xxs 6.1 GB/s, 16e9. On a Xeon of 2023, where a plain read reaches 13.4 to 13.9 GB/s, MXFP4 reaches 13.7,
-NVFP4 13.3, FP8 10.9 (rows) and 12.2 (blocks), and int4-g128 10.7; with AVX2 10.7, 11.3, 9.3, 6.1 and 9.8
+Types with a codebook look up a word for each 4 or 8 columns, and that limits them: iq2_xxs reaches 6.0 GB/s, 23e9
+weights a second, and iq3_xxs 6.1 GB/s, 16e9. On a Xeon of 2023, where a plain read reaches 13.4 to 13.9 GB/s, MXFP4
+reaches 13.7, NVFP4 13.3, FP8 10.9 (rows) and 12.2 (blocks), and int4-g128 10.7; with AVX2 10.7, 11.3, 9.3, 6.1 and 9.8
 (2026-11-floats.md there).
 
 `product` multiplies by weights in 16 bits that are not quantized. One thread of an EPYC of 2025 reads a bfloat16 head

@@ -4,9 +4,9 @@
 // are as many blocks as the GPU can run at once. Each block requests the first tiles of its next rows before it adds up
 // the current sums, so memory is idle only at the start and at the end.
 //
-// One row and a weight of 28672 x 8192 on an H200, bytes of the weight over the time (benchmarks/results/2026-11-h200.md),
-// in TB/s: int4-g128 3.3, nf4-b64 2.9, q4_k 2.3, q6_k 2.7, q8_0 3.6, llm.int8 3.8. Experts, on an H100: 55 % of the speed
-// of a copy for one token, 99 % for 64 (2026-11-packed-experts.md).
+// One row and a weight of 28672 x 8192 on an H200: bytes of the weight over the time, in TB/s
+// (benchmarks/results/2026-11-h200.md): int4-g128 3.3, nf4-b64 2.9, q4_k 2.3, q6_k 2.7, q8_0 3.6, llm.int8 3.8.
+// Experts on an H100: 55 % of the speed of a copy for one token, and 99 % for 64 (2026-11-packed-experts.md).
 //
 // If EXPERTS, W holds the weights [N, K] of that many experts, N a multiple of 16, and `ends` says where the rows of each
 // expert end. What a block takes at a time is then rows of one expert's weight, for a run of its rows of x. The list of
