@@ -126,6 +126,12 @@ def test_a_dry_run_foresees_every_byte_and_writes_none(
     assert told["output_bytes"] == done["output_bytes"] == sum(t.nbytes for t in written.values())
     assert told["original_bytes"] == done["original_bytes"]
     assert told["share"] == done["share"] > 0.9
+    assert told["unquantized"] == done["unquantized"]
+    assert (
+        sum(told["unquantized"].values())
+        == sum(nbytes for _, what, nbytes in told["tensors"] if what.startswith("unquantized"))
+        > 0
+    )
     assert told["notes"] == done["notes"]
     assert f"{told['output_bytes']:,}" in shown.out
     assert "groups of 32 instead of 128" in shown.out

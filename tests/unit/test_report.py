@@ -277,6 +277,13 @@ def test_large_unquantized_weights_are_named(shown: io.StringIO) -> None:
         assert ("embeddings and head 100 B, towers 1.2 kB" in shown.getvalue()) == said
 
 
+def test_a_preview_names_large_unquantized_weights(shown: io.StringIO) -> None:
+    preview = Preview("nf4", "bnb", [], [("a.weight", "nf4-b64, rtn", 4000)], 9000, 5300, 0.9)
+    for towers, said in ((10, False), (1200, True)):
+        report_text.preview(replace(preview, unquantized={"embeddings and head": 100, "towers": towers}))
+        assert ("Unquantized: 1.3 kB (embeddings and head 100 B, towers 1.2 kB)." in shown.getvalue()) == said
+
+
 def test_one_tensor_is_no_tensors(shown: io.StringIO) -> None:
     report_text.inspection(replace(INSPECTION, schemes={"q4_k": 1}))
     assert "q4_k in 1 tensor\n" in "".join(f"{line.rstrip()}\n" for line in shown.getvalue().splitlines())

@@ -154,6 +154,7 @@ def preview(
         output_bytes=output_bytes,
         share=made.settled.share,
         files=files,
+        unquantized=sizes.unquantized(made.settled),
     )
 
 

@@ -204,7 +204,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
                 anonymous=0,
                 sample="",
                 allocation=allocation,
-                unquantized=sizes.unquantized(job.settled),
+                unquantized=preview.unquantized,
             )
             kept = {k: v for k, v in asdict(done).items() if k not in _NOT_KEPT}
             record = {

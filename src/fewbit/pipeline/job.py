@@ -121,6 +121,7 @@ class Job:
             output_bytes=output_bytes,
             share=self.settled.share,
             definition=self.settled.resolved.plan.to_json(),
+            unquantized=sizes.unquantized(self.settled),
         )
 
 
@@ -310,7 +311,7 @@ class Preview:
     """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes).
 
     definition: the plan's JSON. allocation: the widths that were chosen for a size; None if no size was given. files:
-    the number of files of a GGUF model; the record, which only the work makes, may add one.
+    the number of files of a GGUF model; the record, which only the work makes, may add one. unquantized: as in `Quantized`.
     """
 
     plan: str
@@ -323,3 +324,4 @@ class Preview:
     definition: dict[str, Any] = field(default_factory=dict)
     allocation: Allocation | None = None
     files: int = 1
+    unquantized: dict[str, int] = field(default_factory=dict)

@@ -55,6 +55,14 @@ def _smaller(before: int, after: int) -> str:
     return f"{factor:.2f} x smaller" if factor > 1 else f"{after / max(before, 1):.2f} x larger"
 
 
+def _unquantized(done: Quantized | Preview) -> tuple[str, str] | None:
+    """The size of the weights that stay unquantized, and that of each kind. None if they are below 5 % of the output."""
+    rest = sum(done.unquantized.values())
+    if rest <= done.output_bytes / 20:
+        return None
+    return size(rest), ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in done.unquantized.items())
+
+
 def quantized(done: Quantized) -> None:
     """What `fewbit quantize` prints when it is finished."""
     for note in done.notes:
@@ -73,9 +81,8 @@ def quantized(done: Quantized) -> None:
     table.add_row(
         "bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters"
     )
-    if (rest := sum(done.unquantized.values())) > done.output_bytes / 20:
-        kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in done.unquantized.items())
-        table.add_row("unquantized", "", size(rest), kinds)
+    if rest := _unquantized(done):
+        table.add_row("unquantized", "", *rest)
     worst = max(done.tensors, key=lambda t: t.error)
     mean = sum(t.error for t in done.tensors) / len(done.tensors)
     table.add_row("relative output error", "", f"{mean:.2e}", "mean of all linears")
@@ -220,6 +227,8 @@ def preview(shown: Preview) -> None:
     out.print(table)
     for note in shown.notes:
         _say(f"note: {note}")
+    if rest := _unquantized(shown):
+        _say(f"Unquantized: {rest[0]} ({rest[1]}).")
     _say(
         f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}"
         f"{f', in {shown.files} files' if shown.files > 1 else ''}); "
