@@ -65,10 +65,16 @@ def near(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
     every = sorted({*known, *others})
     if longer := [each for each in every if name and each.startswith(f"{name}-")]:
         return f"Did you mean {' or '.join(longer[:3])}?"
+    found = close(name, every)
+    return f"Did you mean {' or '.join(found)}?" if found else f"Known: {', '.join(known)}."
+
+
+def close(name: str, every: Iterable[str]) -> list[str]:
+    """At most three of `every` that differ from `name` in the fewest characters; empty if none is close."""
+    name = name.lower()
     ratios = {each: difflib.SequenceMatcher(None, name, each.lower()).ratio() for each in every}
     edits = {each: _edits(name, each.lower()) for each, ratio in ratios.items() if ratio >= 0.6}
-    close = sorted((each for each in edits if edits[each] == min(edits.values())), key=lambda each: -ratios[each])[:3]
-    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    return sorted((each for each in edits if edits[each] == min(edits.values())), key=lambda each: -ratios[each])[:3]
 
 
 def _edits(one: str, other: str) -> int:

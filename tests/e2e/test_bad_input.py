@@ -462,7 +462,22 @@ def test_a_plan_that_leaves_most_as_it_is(sound: Path, refused: Refused, tmp_pat
 
 def test_a_plan_that_matches_nothing(sound: Path, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(plan_of(("*.attention", "int4-g32-sym")), encoding="utf-8")
-    refused(2, ("mine", "none of the 14"), sound, "--plan", tmp_path / "plan.json")
+    refused(
+        2,
+        ("mine", "'*.attention', matches nothing", "model.layers.0-1.self_attn.q_proj"),
+        sound,
+        "--plan",
+        tmp_path / "plan.json",
+    )
+
+
+def test_a_rule_for_the_head_is_a_note(sound: Path, fewbit: Fewbit, tmp_path: Path) -> None:
+    for scheme in (None, "int4-g32-sym"):
+        (tmp_path / "plan.json").write_text(plan_of(("lm_head", scheme), ("*", "int4-g32-sym")), encoding="utf-8")
+        shown = fewbit("quantize", sound, "--plan", tmp_path / "plan.json", "--dry-run", "--json")
+        assert shown.code == 0
+        said = [note for note in shown.json["notes"] if "'lm_head', matches no linear in the model's blocks" in note]
+        assert len(said) == (scheme is not None)
 
 
 def test_a_plan_of_two_schemes_for_a_file_of_one(sound: Path, refused: Refused, tmp_path: Path) -> None:

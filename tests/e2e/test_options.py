@@ -27,10 +27,7 @@ DOCUMENTED = Path(__file__).parents[2] / "docs" / "reference.md"
 Make = Callable[..., Any]
 Effect = Callable[[Make, pytest.MonkeyPatch, Path], None]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*groups of 32 instead of 128"),
-    pytest.mark.filterwarnings("ignore:.*rule .* matches nothing"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*groups of 32 instead of 128")
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_globs(match: str, hits: int) -> None:
     if hits:
         assert len(resolve(plan_of(Rule(match, "int4-g64")), SHAPES).assignments) == hits
     else:
-        with pytest.raises(PlanError, match="matches none of the 4"):
+        with pytest.raises(PlanError, match="matches nothing in this model"):
             resolve(plan_of(Rule(match, "int4-g64")), SHAPES)
 
 
@@ -411,11 +411,48 @@ def test_a_file_that_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> No
         find(str(tmp_path / "absent.json"))
 
 
-def test_a_rule_that_matches_nothing_is_told() -> None:
-    resolved = resolve(plan_of(Rule("*.dwn_proj", None), Rule("*", "int4-g64")), SHAPES)
-    assert [
-        note for note in resolved.notes if "'*.dwn_proj', matches nothing" in note and "such as most routers" in note
-    ]
+REST = Rule("*", "int4-g64")
+
+
+@pytest.mark.parametrize(
+    ("match", "said", "instead"),
+    [
+        ("*.dwn_proj", "matches nothing", "Did you mean '*.down_proj'?"),
+        ("*.layers.*.mlp.dwn_proj", "matches nothing", "Did you mean '*.layers.*.mlp.down_proj'?"),
+        ("*ffn_gate*", "matches nothing", "The model's linears are model.layers.0-7.self_attn.v_proj, model"),
+        ("model.layers.31.*", "matches nothing", "Did you mean 'model.layers.1.*' or 'model.layers.3.*'?"),
+        ("model.layers.0", "names model.layers.0, and no linear inside", "write 'model.layers.0.*'"),
+        ("*.layers.[01]", "names model.layers.0-1, and no linear inside", "write '*.layers.[01].*'"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_refused(match: str, said: str, instead: str) -> None:
+    modules = ["", *WHOLE, *(f"model.layers.{i}" for i in range(8)), "model.layers.0.mlp.router"]
+    inside = {name: shape for name, shape in WHOLE.items() if name.startswith("model.layers")}
+    with pytest.raises(PlanError) as refused:
+        resolve(plan_of(Rule(match, None), REST), inside, modules=modules)
+    assert f"rule 1 of the plan, '{match}', {said}" in refused.value.message
+    assert instead in refused.value.hint
+
+
+def test_a_rule_for_what_stays_as_it_is_is_a_note() -> None:
+    """The head, an embedding, a tower and a router are no linears of the blocks. To keep them needs no note."""
+    inside = {name: shape for name, shape in WHOLE.items() if name.startswith("model.layers")}
+    modules = ["", *WHOLE, "model.layers.0.mlp.router", "visual", "visual.blocks.0.qkv"]
+    for match in ("lm_head", "*embed*", "visual.*", "*.router"):
+        assert resolve(plan_of(Rule(match, None), REST), inside, modules=modules).notes == ()
+        (note,) = resolve(plan_of(Rule(match, "int8-g64"), REST), inside, modules=modules).notes
+        assert f"rule 1 of the plan, '{match}', matches no linear in the model's blocks" in note
+
+
+def test_a_rule_that_an_earlier_one_hides_is_refused() -> None:
+    for before, after in (("*", "*.down_proj"), ("*.mlp.*", "model.*.mlp.down_proj")):
+        with pytest.raises(PlanError, match=r"rule 2 of the plan, .*has no effect: rule 1, ") as refused:
+            resolve(plan_of(Rule(before, "int4-g64"), Rule(after, None)), WHOLE, modules=[*WHOLE])
+        assert "Put rule 2 before rule 1." in refused.value.hint
+    # The last rule is for what the others leave, which is nothing in this model.
+    every = [Rule("*.mlp.*", "int4-g64"), Rule("*.self_attn.*", "int4-g64"), Rule("*", "int8-g64")]
+    inside = {name: shape for name, shape in WHOLE.items() if name.startswith("model.layers")}
+    assert len(resolve(plan_of(*every), inside, modules=[*WHOLE]).assignments) == len(inside)
 
 
 WHOLE = {"model.embed_tokens": (4096, 256), "lm_head": (4096, 256)} | {

@@ -26,7 +26,7 @@ from fewbit.models.source import locate
 from fewbit.pipeline import blocks, write_folder
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline.capture import Inputs, tokens_at_once
-from fewbit.pipeline.job import Job, too_small
+from fewbit.pipeline.job import Job, skeleton_of, too_small
 from fewbit.report import progress
 from fewbit.system import ambient, machine, publish
 from fewbit.texts import sources, windows
@@ -45,8 +45,9 @@ def quantized(
 
     A warning says what was changed to make the request fit the model. PlanError, before any work, if it cannot fit.
     """
-    job = Job.prepare(locate(folder), request.plan, device, trust_remote_code=trust_remote_code)
-    _check(request, job.settled.skeleton)
+    skeleton = skeleton_of(locate(folder), machine.device(device), trust_remote_code)
+    _check(request, skeleton)  # in the words of the request, before the plan's rules
+    job = Job.of(skeleton, request.plan)
     size = job.preview().output_bytes
     publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")
     at_once = tokens_at_once(job.settled.skeleton, job.settled.resolved.assignments.values())

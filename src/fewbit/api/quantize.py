@@ -34,7 +34,7 @@ from fewbit.models.outline import geometry
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.pipeline import blocks, budgeted, costs, settled, sizes, write_folder, write_gguf
+from fewbit.pipeline import blocks, budgeted, costs, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
@@ -176,7 +176,8 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         inputs, calibrated = job.inputs(calibration, tokenizer, tuning)
         versions = machine.versions()
         fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions, tuning)
-        run = leaving.enter_context(pipeline_run.Run(fingerprint))
+        run = leaving.enter_context(
+            pipeline_run.Run(fingerprint))
         with report_progress.blocks(progress) as tell:
             tensors = blocks.quantize_blocks(job.settled, inputs, run, tell, tuning)
         allocation = sized.measured(run, progress)

@@ -71,10 +71,15 @@ class Job:
         skeleton = skeleton_of(
             source, machine.device(device), trust_remote_code, for_gguf=bool(plans.format_of(plan).suffix)
         )
+        return cls.of(skeleton, plan, imatrix)
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, plan: plans.Plan, imatrix: str | Path | None = None) -> Job:
+        """Resolve `plan` for a model. PlanError if it does not fit."""
         settled = Settled.of(skeleton, plan)
         settled.check()
         importance, notes = _importance(imatrix, settled)
-        return cls(source, settled, importance, [*settled.on_the_source(), *settled.resolved.notes, *notes])
+        return cls(skeleton.source, settled, importance, [*settled.on_the_source(), *settled.resolved.notes, *notes])
 
     @property
     def single_file(self) -> bool:
@@ -311,7 +316,8 @@ class Preview:
     """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes).
 
     definition: the plan's JSON. allocation: the widths that were chosen for a size; None if no size was given. files:
-    the number of files of a GGUF model; the record, which only the work makes, may add one. unquantized: as in `Quantized`.
+    the number of files of a GGUF model; the record, which only the work makes, may add one. unquantized: as
+    in `Quantized`.
     """
 
     plan: str

@@ -52,7 +52,8 @@ class Settled:
         if plans.format_of(plan).suffix:
             whole = model_of(skeleton)
             shapes |= skeleton.outside()
-        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source))
+        modules = [name for name, _ in skeleton.model.named_modules()]
+        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source, modules))
 
     @cached_property
     def stored_as(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ conflicts in one error.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,8 @@ from fewbit.methods.base import Method, make, name_of
 from fewbit.names import in_short
 from fewbit.plans import mixtures
 from fewbit.plans.refused import by_reason, not_stored
+from fewbit.plans.rules import Rule as Rule
+from fewbit.plans.rules import unmatched
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 from fewbit.system.files import read_json
@@ -30,24 +32,6 @@ _WITHOUT_INPUTS = "imatrix"  # the method for weights without input statistics; 
 _GGUF = "Use the format gguf and an `out` that ends in .gguf."
 _WITH_IMPORTANCES = ("iq2_xxs", "iq2_xs", "iq2_s")  # llama.cpp quantizes to these with an importance matrix only
 _SMALLEST_GROUP = 32  # the smallest group size that other projects' kernels support
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Quantize modules whose names match the glob `match` to `scheme` with `method`. scheme None: do not quantize them.
-
-    A scheme may be a mixture such as `mixture:q4_k_m` (plans/mixtures.py), which chooses a scheme for each tensor.
-    """
-
-    match: str
-    scheme: str | None
-    method: str = "rtn"
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("scheme", "method"):  # in any case, such as llama.cpp's Q4_K
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, value.lower())
 
 
 @dataclass(frozen=True)
@@ -330,23 +314,23 @@ class Resolved:
 
 
 def resolve(
-    plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None, dtype: torch.dtype | None = None
+    plan: Plan,
+    shapes: Mapping[str, Shape],
+    model: mixtures.Model | None = None,
+    dtype: torch.dtype | None = None,
+    modules: Collection[str] = (),
 ) -> Resolved:
     """Apply `plan` to modules with these shapes [N, K]. PlanError lists every module that it does not fit.
 
-    dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them.
+    dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them. modules: names
+    of all modules of the model. PlanError for a rule that names none of them.
 
     `model` is required for formats that store whole models, such as GGUF. Its embeddings and head get the plan's method
     if that needs only weights, else the method `imatrix` with equal weights, which searches scales.
     """
     format = format_of(plan)
     wanted, kept = {}, []
-    notes = [
-        f"rule {number} of the plan, {rule.match!r}, matches nothing in this model: no linear has such a name. "
-        "Modules that are not linears, such as most routers, stay in 16 bits"
-        for number, rule in enumerate(plan.rules, 1)
-        if not any(fnmatchcase(module, rule.match) for module in shapes)
-    ]
+    notes = unmatched(plan.name, plan.rules, shapes, modules)
     mixed, gates, transposed = _mixed(plan, format, shapes, model), list[str](), list[str]()
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)

@@ -56,7 +56,7 @@ def _smaller(before: int, after: int) -> str:
 
 
 def _unquantized(done: Quantized | Preview) -> tuple[str, str] | None:
-    """The size of the weights that stay unquantized, and that of each kind. None if they are below 5 % of the output."""
+    """The size of the weights that stay unquantized, and that of each kind; None if that is below 5 % of the output."""
     rest = sum(done.unquantized.values())
     if rest <= done.output_bytes / 20:
         return None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from fewbit import registry
 from fewbit.errors import NumericsError, PlanError
 from fewbit.models import blocks
 from fewbit.models.adapters.attach import quiet
@@ -142,6 +143,7 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         target_modules=list(tuning.targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
+    _check_targets(model, tuning.targets)
     unsuited = _outside(model) if tuning.targets else _outside(model) + _unsuited(model, config)
     if unsuited:
         config.exclude_modules = unsuited
@@ -157,6 +159,17 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return adapted
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """PlanError with the nearest names if no module's name ends in one of `targets`. PEFT refuses only if none fits."""
+    every = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in every):
+            known = dict.fromkeys(
+                name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEARS)
+            )
+            raise PlanError(f"`targets`: the model has no linear {target!r}", registry.near(target, known))
 
 
 def _outside(model: Any) -> list[str]:

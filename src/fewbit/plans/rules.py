@@ -1,0 +1,100 @@
+"""The rules of a plan, and what is said of those that match no weight of a model: an error with the nearest names, or a
+note where nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from fewbit import registry
+from fewbit.errors import PlanError
+from fewbit.formats.base import Shape
+from fewbit.names import in_short
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quantize modules whose names match the glob `match` to `scheme` with `method`. scheme None: do not quantize them.
+
+    A scheme may be a mixture such as `mixture:q4_k_m` (plans/mixtures.py), which chooses a scheme for each tensor.
+    """
+
+    match: str
+    scheme: str | None
+    method: str = "rtn"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("scheme", "method"):  # in any case, such as llama.cpp's Q4_K
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, value.lower())
+
+
+def unmatched(plan: str, rules: Sequence[Rule], shapes: Mapping[str, Shape], modules: Collection[str]) -> list[str]:
+    """Notes on rules with a scheme that name only modules that are no linears of the blocks, such as most routers.
+
+    plan: its name. shapes: of the weights that a rule can match. modules: names of all modules of the model. PlanError
+    lists the rules that match no module, that name a block without its linears, or that an earlier rule hides.
+    """
+    notes, wrong, hints = list[str](), list[str](), dict[str, None]()
+    first = {
+        module: next((n for n, rule in enumerate(rules) if fnmatchcase(module, rule.match)), -1) for module in shapes
+    }
+    used = {*first.values()}
+    for number, rule in enumerate(rules):
+        if number in used:
+            continue
+        said = f"rule {number + 1} of the plan, {rule.match!r},"
+        named = [module for module in modules if module and fnmatchcase(module, rule.match)]
+        if matched := [module for module in shapes if fnmatchcase(module, rule.match)]:
+            if (hiding := _hiding(rules, number, {first[module] for module in matched})) is not None:
+                wrong.append(
+                    f"{said} has no effect: rule {hiding + 1}, {rules[hiding].match!r}, matches the same first"
+                )
+                hints[f"Put rule {number + 1} before rule {hiding + 1}."] = None
+        elif any(module.startswith(f"{name}.") for name in named for module in shapes):
+            wrong.append(f"{said} names {in_short(named)}, and no linear inside")
+            hints[f"To name its linears, write '{rule.match.rstrip('.')}.*'."] = None
+        elif named and rule.scheme is not None:
+            notes.append(f"{said} matches no linear in the model's blocks: {in_short(named)} stays in 16 bits")
+        elif not named:
+            wrong.append(f"{said} matches nothing in this model")
+            hints[_near(rule.match, shapes)] = None
+    if wrong:
+        raise PlanError(f"plan {plan}: " + "\n  ".join(wrong), "\n  ".join(hints))
+    return notes
+
+
+def _hiding(rules: Sequence[Rule], number: int, winners: Iterable[int]) -> int | None:
+    """The first of the `winners`, rules before `number`, that matches all names that this rule can match in any model,
+    and does something else with them. None if there is none."""
+    rule = rules[number]
+    return next(
+        (
+            n
+            for n in sorted(winners)
+            if not set("?[") & set(rules[n].match)
+            and fnmatchcase(rule.match, rules[n].match)
+            and (rules[n].scheme, rules[n].method, rules[n].options) != (rule.scheme, rule.method, rule.options)
+        ),
+        None,
+    )
+
+
+def _near(pattern: str, names: Collection[str]) -> str:
+    """A hint with the patterns nearest to `pattern` that match some of `names`, or with all names."""
+    core = pattern.strip("*.")
+    parts = core.split(".")
+    nearest = registry.close(core, dict.fromkeys(_windows(parts, names))) if core else []
+    tried = [pattern.replace(core, each) for each in nearest]
+    found = [repr(each) for each in tried if any(fnmatchcase(name, each) for name in names)]
+    return f"Did you mean {' or '.join(found)}?" if found else f"The model's linears are {in_short(names)}."
+
+
+def _windows(parts: Sequence[str], names: Iterable[str]) -> Iterator[str]:
+    """As many successive parts of each name as there are in `parts`, with the `*` of these for whole parts."""
+    for name in names:
+        own = name.split(".")
+        for at in range(len(own) - len(parts) + 1):
+            yield ".".join("*" if theirs == "*" else mine for theirs, mine in zip(parts, own[at:], strict=False))
