@@ -201,7 +201,7 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )
-    run = pipeline_run.Run(f"benchmark-{name}")
+    run = pipeline_run.Run(f"benchmark-{name}", str(folder), f"blocks quantized by {name}")
     run.forget()
     laps: list[dict[str, float]] = []
     ends = [time.perf_counter()]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 from fewbit import __version__, registry
@@ -147,6 +149,27 @@ def test_a_dry_run_foresees_every_byte_and_writes_none(
             assert nbytes == written[name].nbytes
         assert f"{nbytes:,}" in shown.out
     assert {name.removesuffix(".weight") for name, *_ in told["tensors"]} >= quantized.keys()
+
+
+def test_the_cache_names_the_model_of_each_entry(model: Path, text: Path, fewbit: Fewbit, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(models.tensors_of(model), pickled / "pytorch_model.bin")
+    few = ("--calibration", text, "--samples", 2, "--length", 32)
+    assert fewbit("inspect", pickled).code == 0
+    assert fewbit("quantize", model, "--bits", 4.6, "--dry-run", *few).code == 0
+    assert fewbit("compare", model, "--plans", "bf16,nf4", "-o", tmp_path / "report", *few[2:]).code == 0
+    listed = [each for each in fewbit("cache", "--json").json["entries"] if "smollm2" not in each["path"]]
+    assert {(each["kind"], each["model"], each["holds"]) for each in listed} == {
+        ("models", str(pickled), "its pickle as safetensors"),
+        ("costs", str(model), "loss of each weight at each width"),
+        ("costs", str(model), "loss of one choice of widths"),
+        ("comparisons", str(model), "output and measurements of bf16"),
+        ("comparisons", str(model), "output and measurements of nf4"),
+        ("comparisons", str(model), "speeds of plans"),
+    }
+    shown = " ".join(fewbit("cache").out.split())
+    assert "loss of each weight at each width" in shown
 
 
 def test_a_dry_run_needs_no_tokenizer(model: Path, fewbit: Fewbit, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import fewbit
 from fewbit.pipeline import progress as pipeline
 from fewbit.plans.plan import find
+from fewbit.system import kept
 from fewbit.texts.calibration import Calibration
 from tests import models
 from tests.limits import HANG
@@ -123,6 +124,8 @@ def test_it_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     how, where, code, said = stopped
+    (unfinished,) = (entry for entry in kept.entries() if entry.kind == "runs")
+    assert (unfinished.model, unfinished.holds) == (str(model), "blocks quantized by gptq-4bit")
     left = list(place.parent.iterdir())
     if where == "blocks" or how != signal.SIGKILL:
         assert left == []

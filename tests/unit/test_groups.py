@@ -108,7 +108,7 @@ def test_the_same_linears_of_all_experts_are_one_stage(tmp_path: Path, monkeypat
     monkeypatch.setattr(capture, "gather", seen)
     job = Job.prepare(locate(architectures.save(tmp_path / "model", "qwen3_moe")), find("gptq-4bit"), "cpu")
     tokens = torch.arange(256).view(8, 32)
-    with Run("stages") as run:
+    with Run("stages", "llama", "blocks") as run:
         quantize_blocks(job.settled, Inputs(tokens, stages=()), run, lambda step: None)
     every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     stages = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]

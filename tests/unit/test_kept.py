@@ -118,6 +118,33 @@ def test_abandoned_runs_are_offered(yes: bool, filled: Path, monkeypatch: pytest
     assert (filled / "runs/new").exists()
 
 
+def test_a_label_says_which_model_an_entry_is_of(filled: Path) -> None:
+    before = told()
+    kept.label(filled / "runs/new", "./my model", "blocks quantized by gptq-4bit")
+    kept.label(filled / "compare/speeds-1.json", "org/other", "speeds of plans")
+    after = told()
+    same = ("path", "nbytes", "abandoned")
+    assert [[each[key] for key in same] for each in after] == [[each[key] for key in same] for each in before]
+    assert [round(each["age"] / DAY) for each in after] == [round(each["age"] / DAY) for each in before]
+    labels = {Path(each["path"]).name: (each["model"], each["holds"]) for each in after if each["model"]}
+    assert labels == {
+        "new": ("./my model", "blocks quantized by gptq-4bit"),
+        "speeds-1.json": ("org/other", "speeds of plans"),
+    }
+    shown = run()
+    assert "./my model" in shown
+    assert "runs/old" in shown
+    assert "runs/new" not in shown
+    run("--clear", "all")
+    assert names(filled) == {"rescued-1/out/model", "mine.txt"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}'])
+def test_a_damaged_label_is_none(content: str, filled: Path) -> None:
+    (filled / "runs/new/.about.json").write_text(content, encoding="utf-8")
+    assert [(each["model"], each["holds"]) for each in told()] == [("", "")] * 7
+
+
 def test_the_cache_keeps_only_kinds_that_are_listed(own_cache: Path) -> None:
     def make(folder: Path) -> None:
         (folder / "a").write_bytes(b"12345")

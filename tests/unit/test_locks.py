@@ -86,10 +86,10 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_forgets_the_folder_that_it_used(own_cache: Path) -> None:
-    with Run("same") as first:
+    with Run("same", "llama", "blocks") as first:
         first.save(0, {}, [])
         with pytest.warns(UserWarning, match="another process does the same work"):
-            second = Run("same")
+            second = Run("same", "llama", "blocks")
         with second:
             second.save(0, {}, [])
         assert len(list((own_cache / "runs").iterdir())) == 2

@@ -301,7 +301,7 @@ def test_the_kept_stream_is_the_original_model(tmp_path: Path, monkeypatch: pyte
         plan = find("gptq-4bit").changed(method=kind, options={"target": target})
         job = Job.prepare(locate(folder), plan, "cpu")
         seen.clear()
-        with Run(f"target-{target}-{kind}") as run:
+        with Run(f"target-{target}-{kind}", "llama", "blocks") as run:
             blocks.quantize_blocks(job.settled, Inputs(tokens), run, lambda step: None)
         if target == "0":
             assert seen == [None] * 3

@@ -12,7 +12,7 @@ import torch
 from fewbit.errors import FormatError
 from fewbit.measure.comparison import Row, Timing, parsed, plain
 from fewbit.models.source import Source
-from fewbit.system import machine
+from fewbit.system import kept, machine
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json
 
@@ -24,6 +24,7 @@ def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     every = {**known(source, device), **timed}
     place.write_text(json.dumps({plan: plain(timing) for plan, timing in every.items()}), encoding="utf-8")
+    kept.label(place, source.name, "speeds of plans")
 
 
 def known(source: Source, device: str) -> dict[str, Timing]:

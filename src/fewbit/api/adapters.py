@@ -33,7 +33,7 @@ from fewbit.pipeline.job import evaluated, homeless, left_behind, rehearsed, sam
 from fewbit.plans.plan import is_file
 from fewbit.report import progress as report_progress
 from fewbit.report.results import Converted, Finetuned, Merged
-from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing
+from fewbit.system import ambient, heap, kept, locks, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import write_json
 from fewbit.texts import calibration as texts_calibration
@@ -246,6 +246,7 @@ def merge(
         notes = [*homeless(kind, carried, {}), *left_behind(onto, single_file=False)]
     else:
         held = locks.scratch(cache_folder() / "merged")
+        kept.label(held.folder, onto.name, f"weights merged with {adapter}")
         plain = held.folder / "model"
         plain.mkdir()
         try:

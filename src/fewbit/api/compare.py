@@ -59,6 +59,7 @@ from fewbit.system import locks, publish, timing
 from fewbit.system import machine as system_machine
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json
+from fewbit.system.kept import label
 from fewbit.system.processes import Failed, Server
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
@@ -192,6 +193,7 @@ class _Bench:
     def rows(self, wanted: Mapping[str, Wanted]) -> list[Row]:
         """One row for each plan, in order. The original's logits are kept until all plans are compared with them."""
         found, held = [], locks.resumable(self.recorded)
+        label(held.folder, self.source.name, "predictions of the original")
         self.reference = held.folder / "logits"
         try:
             with Server("fewbit.api.compare_worker") as server:
@@ -216,6 +218,7 @@ class _Bench:
         place = self.base / _digest([self.model, by, text and asdict(text)])
         note = f"{name}: another process makes this row; waiting for it"
         with locks.alone(place, lambda: warnings.warn(note, stacklevel=2)):
+            label(place, self.source.name, f"output and measurements of {name}")
             return self._found_or_made(place, server, name, plan, event)
 
     def _found_or_made(self, place: Path, server: Server, name: str, plan: Wanted, event: Event) -> Row:

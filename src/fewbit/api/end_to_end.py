@@ -27,6 +27,7 @@ from fewbit.pipeline.replacing import Files, files_of
 from fewbit.report import progress as report_progress
 from fewbit.system import locks, machine
 from fewbit.system.cache import cache_folder
+from fewbit.system.kept import label
 
 _STATE = "state.safetensors"
 
@@ -120,6 +121,7 @@ def trained(source: Source, files: Files, phase: Phase, known: Sequence[Any]) ->
     """
     split, loading, progress = phase.split, phase.loading, phase.progress
     with _resumable(known, split) as (folder, forget):
+        label(folder, source.name, "state of tuning")
         with report_progress.phase(f"computing predictions of {phase.original.name}", progress):
             truth = tuning.Original(phase.load, split.tokens, folder)
         packed = load_model(source, loading, for_text=True)

@@ -55,7 +55,8 @@ def quantized(
     for note in (*job.notes, *_left(job)):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**machine.versions(), "request": json.dumps([request.stages, request.batch])}
-    run = pipeline_run.Run(pipeline_run.fingerprint(job.settled, inputs, versions))
+    known = pipeline_run.fingerprint(job.settled, inputs, versions)
+    run = pipeline_run.Run(known, job.source.name, f"blocks quantized by {request.plan.name}")
     with run, progress.blocks(verbose) as tell:
         tensors = blocks.quantize_blocks(job.settled, inputs, run, tell)
         write_folder.write(out, job.settled, Checkpoint(run.files()))

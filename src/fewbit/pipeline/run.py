@@ -16,7 +16,7 @@ from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.settled import Settled
-from fewbit.system import locks, ranks
+from fewbit.system import kept, locks, ranks
 from fewbit.system.cache import cache_folder
 
 
@@ -56,9 +56,12 @@ class Run:
     same fingerprint uses another folder. Leaving the context releases the lock; `forget` deletes the folder.
     """
 
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, model: str, holds: str) -> None:
+        """Take the folder of the run `fingerprint`. model, holds: as in `kept.label`."""
         self._held = locks.resumable(cache_folder() / "runs" / fingerprint) if ranks.first() else None
         self._folder = None if self._held is None else self._held.folder
+        if self._folder is not None:
+            kept.label(self._folder, model, holds)
 
     def __enter__(self) -> Self:
         return self

@@ -408,10 +408,11 @@ def cache(folder: str, entries: Sequence[Kept]) -> None:
     if not entries:
         _say(f"{folder} is empty.")
         return
-    table = grid(folder, "kind", "name", "size", "age", "", numbers=(2, 3))
+    table = grid(folder, "kind", "model", "holds", "size", "age", "", numbers=(3, 4))
     for each in entries:
         state = "in use" if each.in_use else "abandoned" if each.abandoned else ""
-        table.add_row(each.kind, f"{each.path.parent.name}/{each.path.name}", size(each.nbytes), age(each.age), state)
+        name = each.model or f"{each.path.parent.name}/{each.path.name}"
+        table.add_row(each.kind, name, each.holds, size(each.nbytes), age(each.age), state)
     out.print(table)
     _say(f"{_counted(entries)}.")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
-from fewbit.system import locks
+from fewbit.system import kept, locks
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json
 
@@ -135,6 +135,7 @@ def claimed(out: Path) -> Iterator[None]:
         raise PlanError(f"another process is making {out}", "Wait until it has ended, or give another `out`.")
 
     with locks.alone(place, taken):
+        kept.label(place, "", f"another process makes {out}")
         try:
             yield
         finally:
@@ -245,6 +246,7 @@ def rescued(error: FewbitError, out: Path, write: Callable[[Path], None]) -> Out
             place = parent() / f"rescued-{secrets.token_hex(4)}" / out.name
             try:
                 place.parent.mkdir(parents=True)
+                kept.label(place.parent, "", f"meant for {out}")
                 write(place)
             except BaseException:
                 shutil.rmtree(place.parent, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fewbit.errors import FormatError
 from fewbit.formats.containers import safetensors
-from fewbit.system import processes
+from fewbit.system import kept, processes
 from fewbit.system.cache import made
 from fewbit.system.files import read_json, write_json
 
@@ -38,8 +38,8 @@ def files_in(folder: Path) -> list[Path]:
     return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
 
 
-def converted(folder: Path) -> Path:
-    """A cached folder with the same model in safetensors, made on first use.
+def converted(folder: Path, name: str) -> Path:
+    """A cached folder with the same model in safetensors, made on first use. name: what the user calls it.
 
     FormatError if a pickle contains anything but tensors.
     """
@@ -66,6 +66,7 @@ def converted(folder: Path) -> Path:
             write_json(target / safetensors.INDEX, {"metadata": {}, "weight_map": names})
         for file in beside:
             shutil.copy(file, target)
+        kept.label(target, name, "its pickle as safetensors")
 
     return made(f"unpickled-{key}", make, sum(file.stat().st_size for file in files))
 

@@ -174,7 +174,7 @@ class FewbitQuantizer(HfQuantizer):
             self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
             return model
         if checkpoint_files[0].endswith(".bin"):
-            folder = pickle.converted(Path(checkpoint_files[0]).parent)
+            folder = pickle.converted(Path(checkpoint_files[0]).parent, str(model.config.name_or_path))
             checkpoint_files[:] = [str(file) for file in files_in(folder)]
         self._make_places(model, checkpoint_files)
         self.validate_environment(kwargs.get("device_map"))
