@@ -8,6 +8,9 @@ columns of the weight, eight rows to a word, in an interleaved order:
     qzeros   int32   [K / g, N / 8]      zero points, packed in the same order
     scales   float16 [K / g, N]
 
+    qweight[j, w]     bits 31-28 27-24 23-20 19-16 15-12 11-8  7-4  3-0
+                          |  7  |  5  |  3  |  1  |  6  |  4  |  2  |  0  |       rows 8 w + ... of column j
+
 Version "gemv" packs along rows, in plain order, and pads zeros and scales to whole words:
 
     qweight  int32   [N, K / 8]          codes; nibble i of word w, from the lowest, is column 8 w + i

@@ -58,7 +58,7 @@ class Format(ABC):
     # Whether the config must name every module that keeps a weight matrix, exactly. Else it names linears, and no name
     # that is the start or end of a quantized one, because some readers match such parts.
     ignores_all: ClassVar[bool] = False
-    # What a key means that the config lacks, where transformers' config class has another default.
+    # The values of keys that a config lacks, where transformers' config class has other defaults.
     absent: ClassVar[Mapping[str, Any]] = {}
     # Variants of the layout that hold the same weights: name -> the keys of the config that choose it.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -13,6 +13,9 @@ A 4-bit linear has N rows and K columns, in blocks of B entries of the flattened
                                                              with double quantization also nested_blocksize,
                                                              nested_dtype and nested_offset
 
+    byte       0       1
+    weight   | 0, 1 | 2, 3 | ...       entries of the flattened weight (high half, low half)
+
 An LLM.int8() linear:
 
     weight                    int8 [N, K]

@@ -9,7 +9,11 @@ A linear has N rows and K columns, b bits and groups of g columns. Code c means 
     g_idx    int32   [K]                 the group of each column: j // g for column j, unless the file was written with
                                          act-order (`desc_act`)
 
-For every b, qweight is the bit stream of `schemes/bits.py` viewed as little-endian 32-bit words and transposed.
+For every b, qweight is the bit stream of `schemes/bits.py` viewed as little-endian 32-bit words and transposed:
+
+    qweight[i, n], b = 4     bits 31 ..... 28  ......  7 ..... 4  3 ..... 0
+                                  | 8 i + 7 |   ...   | 8 i + 1 |   8 i   |       columns of row n
+    b = 3                    column j has bits 3 j to 3 j + 2 of three words; columns 10 and 21 cross words
 
 fewbit writes 2, 3, 4 or 8 bits: symmetric weights as v1, asymmetric ones as v2. Weights may differ in bits and group
 size. The config then has those of most weights, and `dynamic` those of the others (gptqmodel's patterns for modules).

@@ -14,7 +14,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Codec, Parts
 
 Prepared: TypeAlias = "tuple[Tensor, ...]"
-Shapes = tuple[int, int, int]  # E weights [N, K]
+Shapes = tuple[int, int, int]  # (E, N, K) of E weights [N, K]
 
 
 class Kernel(ABC):

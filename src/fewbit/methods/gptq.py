@@ -14,8 +14,8 @@ eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ 
    panel. If a scheme stores only some vectors of adjacent codes, a step takes a vector of columns instead of one.
 3. With a target, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
 4. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
-   its best code under the whole H while all other columns stay. Groups with scales of a few bits move before that, with
-   their scales. No step can raise the error.
+   its best code under the whole H while all other columns stay. Where scales have only a few bits (k-quants), each
+   group first chooses its scales and codes together. No step can raise the error.
 
 Each value is rounded to the nearest value of the stored grid. A column whose input was always 0 is rounded to nearest.
 If H is not positive definite with `damp`, the damping is raised tenfold at a time, up to 1. If that fails too, the

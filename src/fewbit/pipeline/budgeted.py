@@ -1,11 +1,11 @@
 """Makes a plan whose output has the size that was asked for: each weight gets a width of its own.
 
 The size is counted as the user asked: bits of quantized weights (`bits`), bytes in files (`size`), or bytes in memory
-(`fit`). Only the quantized weights have a choice. For what headers and the record of a file take, an upper bound is
-counted, because the record is written last.
+(`fit`). Only the quantized weights have a choice. Headers and the record of a file count with an upper bound, because
+the record is written last.
 
-The sum of costs is too low a prediction. So two other allocations, which depend on the model and the plan alone, are
-quantized and measured on held-out windows: `plans/correction.py` makes the prediction of them.
+The sum of costs underestimates the loss. So two other allocations, which depend on the model and the plan alone, are
+quantized and measured on held-out windows, and `plans/correction.py` corrects the sum by them.
 """
 
 from __future__ import annotations

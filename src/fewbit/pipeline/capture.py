@@ -142,7 +142,7 @@ def _batches(inputs: Inputs) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _compared_step(tokens: Tensor) -> int:
-    """One window in so many is compared with the original model: see `_COMPARED`."""
+    """The step between the windows that are compared with the original model: see `_COMPARED`."""
     return max(1, min(4, tokens.numel() // _COMPARED))
 
 

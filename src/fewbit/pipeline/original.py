@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewbit.models.experts import ExpertInput
 from fewbit.models.skeleton import Skeleton
 
-_HELD_OUT = 8  # one window in so many
+_HELD_OUT = 8  # every eighth compared window is held out
 
 Run = Callable[[int, Tensor], Tensor]  # number of a batch, states at the block's input -> at its output
 Read = dict[str, tuple[Tensor, int]]  # linear, or module of experts -> what it read, and the version of that tensor

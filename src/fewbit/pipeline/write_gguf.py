@@ -31,8 +31,8 @@ from fewbit.plans.plan import Resolved
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, short convolutions, and what
-# state spaces have in place of vectors.
+# Matrices that llama.cpp requires in 32 bits: tables of positions, routers of experts, short convolutions, and the
+# small parameters of state-space layers.
 _IN_32_BITS = (
     "position_embd.weight",
     "ffn_gate_inp.weight",
@@ -90,7 +90,7 @@ def planned(settled: Settled) -> list[Planned]:
 
 
 def _tensors(skeleton: Skeleton) -> Iterator[tuple[str, str, PartSpec]]:
-    """(checkpoint name, model name, spec) of every tensor of the model: what transformers splits or merges is so."""
+    """(checkpoint name, model name, spec) of every tensor of the model, split and merged as transformers has it."""
     keys: dict[str, list[str]] = {}
     for key, name in skeleton.name_of.items():
         keys.setdefault(name, []).append(key)

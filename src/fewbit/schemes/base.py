@@ -233,20 +233,20 @@ class Scheme(Codec):
 
     @property
     def vector(self) -> int:
-        """As of its grids."""
+        """`Grids.vector` of its grids."""
         return 1
 
     @property
     def run(self) -> int:
-        """As of its grids."""
+        """`Grids.run` of its grids."""
         return self.vector
 
     @property
     def rows(self) -> int:
         """Rows that share one fit; 0: all of them.
 
-        A weight may be quantized in pieces of a multiple of so many rows; if all share a fit, with the scheme `for_all`
-        of the pieces.
+        A weight may be quantized in pieces whose rows are a multiple of this number. If all rows share one fit, each
+        piece needs the scheme that `for_all` gives for all pieces.
         """
         return 1
 

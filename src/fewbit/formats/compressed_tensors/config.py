@@ -63,7 +63,7 @@ class Group:
         return any(_is_class(target) for target in self.targets)
 
     def claim(self, module: str) -> int:
-        """How surely the group claims a linear: 3 by its name, 2 by a pattern, 1 by its class, 0 not at all."""
+        """The rank of the group's claim on a linear: 3 by its name, 2 by a pattern, 1 by its class; 0: no claim."""
         return 3 if module in self.names else 2 if self.pattern.match(module) else int(self.is_class)
 
 
@@ -93,7 +93,7 @@ class Groups:
         return cls(tuple(group for group in found if group is not None), ignored)
 
     def claiming(self, module: str) -> list[Group]:
-        """The groups that claim a linear most surely. More than one is a fault of the config."""
+        """The groups with the highest claim on a linear. More than one is a fault of the config."""
         claims = {group.name: group.claim(module) for group in self.groups}
         most = max(claims.values(), default=0)
         return [group for group in self.groups if most and claims[group.name] == most]

@@ -1,5 +1,11 @@
 """Folders of safetensors files, the container of Hugging Face checkpoints: reads headers, writes shard by shard.
 
+    8 bytes       the size of the header, u64, little-endian
+    the header    JSON, padded with spaces so that the data begins at a multiple of 8:
+                  {"__metadata__": {"format": "pt"},
+                   "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+    the data      tensors row by row, little-endian; offsets count from the first byte after the header
+
 The package `safetensors` checks header length, offsets and overlaps. This file adds the name of the faulty file to
 errors, and checks that an index and its shards agree.
 """

@@ -12,8 +12,9 @@ The tensors of a linear `P` say how it is stored. N: rows, K: columns, g: column
                       P.weight_global_scale float32 [1], which divides
     mxfp4             P.weight_packed uint8 [N, K / 2], P.weight_scale uint8 [N, K / 32], E8M0
 
-An integer weight is (q - zero point) * scale, and pack-quantized files store q + 2**(b - 1). The config is read for the
-bits of pack-quantized weights only. Source: compressed-tensors 0.20, `compressors/`.
+An integer weight is (q - zero point) * scale, and pack-quantized files store q + 2**(b - 1). Headers say all but the
+bits of pack-quantized weights and the blocks of FP8, which are in the config. Source: compressed-tensors 0.20,
+`compressors/`.
 """
 
 from __future__ import annotations

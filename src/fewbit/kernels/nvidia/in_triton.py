@@ -27,10 +27,8 @@ TABLE, E2M1, E4M3 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 def _value(w, h, table, one, lane: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, LEVEL: tl.constexpr):
     """For the code of each word in one lane: its level (FP4: times 2^-14, FP8: times 2^-8), or 1 + code / 2^BITS.
 
-    float32.
-
-    `one` has the bits of 1.0. It is a kernel argument because an instruction takes only one constant; this saves one
-    instruction.
+    The result is float32. `one` has the bits of 1.0. It is a kernel argument because an instruction takes only one
+    constant; this saves one instruction.
     """
     if LEVEL == E2M1:
         return _small(w >> (lane * LOW), LOW, 9)

@@ -17,9 +17,9 @@ that raises the KL divergence of the embedded model by 9 to 16 %. `refit` re-sol
 Hessian for codes that are already chosen.
 
 Layout: one part, `blocks` uint8 [N, K / columns * bytes]. The module `layout` describes the bytes of a block for types
-of one rule (`GGML`, a scheme), `codebook` and `vectors` for types with a codebook (`IQ`, a scheme), `codebook` also
-for types that can only be read (`ReadOnly`). Source: ggml of
-llama.cpp, https://github.com/ggml-org/llama.cpp.
+of one rule (`GGML`, a scheme), `digits` for those with two to four levels (`Few`, a scheme), and `codebook` for those
+with a codebook (`IQ`, a scheme) and those that can only be read (`ReadOnly`). Source: ggml of llama.cpp,
+https://github.com/ggml-org/llama.cpp.
 
 >>> import torch
 >>> w = torch.arange(-8.0, 8.0).repeat(2)[None] / 4
