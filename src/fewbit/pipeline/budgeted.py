@@ -311,7 +311,7 @@ def _in_file(settled: Settled, shape: tuple[int, int], scheme: Scheme) -> int:
 
 
 def _headers(job: Job, header: Header | None) -> int:
-    """At most so many bytes of the weight files are no tensors."""
+    """An upper bound of the bytes of the weight files beside tensors: headers, names and the record."""
     settled = job.settled
     assignments = settled.resolved.assignments
     if header is None:

@@ -79,7 +79,7 @@ class Inputs:
 class Block:
     """A materialized block and its inputs: `hidden` has, for each of `calls`, states [sequences, tokens, width].
 
-    original: the same of the original model, if a method compares the two.
+    original: the states of the original model, if a method compares the two.
     """
 
     skeleton: Skeleton

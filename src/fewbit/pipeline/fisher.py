@@ -61,7 +61,7 @@ class Scores:
     of_outputs: Tensor | None = None
 
     def limit(self, clip: float) -> float:
-        """The quantile `clip` of s: the smallest value that so large a share of all rows do not exceed."""
+        """The quantile `clip` of s over all rows; inf if there is no row, or no limit (`clip` of 1)."""
         every = torch.cat(self.of_rows) if self.of_rows else torch.zeros(0, dtype=torch.float32, device="cpu")
         if not len(every) or clip >= 1:
             return float("inf")

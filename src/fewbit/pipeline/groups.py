@@ -16,7 +16,7 @@ _SHARE = 16
 
 
 def room_for_statistics(memory: int) -> int:
-    """The budget for the statistics of a group, in bytes, on a device with so many bytes of memory.
+    """The budget for the statistics of a group, in bytes, on a device with `memory` bytes.
 
     A sixteenth of the device, but at least 2 GiB: a group costs a run of the block, so small groups take long.
     """

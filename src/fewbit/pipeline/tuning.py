@@ -47,7 +47,7 @@ from fewbit.schemes.base import QTensor
 from fewbit.system.machine import free_memory
 from fewbit.units import size
 
-_HELD_OUT = 10  # one of so many windows is held out
+_HELD_OUT = 10  # a tenth of the windows is held out
 _CACHED = 4 << 30  # bytes of logits
 _ROWS = 256  # rows of logits that are converted to probabilities at a time
 _AT_ONCE = {"cpu": 1024}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little

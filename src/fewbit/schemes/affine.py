@@ -65,7 +65,7 @@ BF16_SMALLEST, BF16_LARGEST = 2.0**-17, 65280.0  # between them fp16 holds every
 # Entries of a weight times candidates for its scales that are tried at a time. On a GPU, a small weight needs few
 # launches then. On a CPU, one candidate at a time stays in the cache.
 _AT_ONCE = {"cpu": 1}
-# Up to so many bits, zero points are searched too. At 4 bits that lowers the weighted error by 1 %, but raises the KL
+# Most bits with which zero points are searched too. At 4 bits that lowers the weighted error by 1 %, but raises the KL
 # divergence of the embedded model by 1 % (benchmarks/results/2026-11-encoders.md).
 _JOINT = 3
 _WIDER = (1.05, 1.1)  # shares of the range that are tried beside the narrower ones where zero points are searched

@@ -174,8 +174,8 @@ class Codec(ABC):
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Those of `trainable` that are one number for a whole weight, which servers expect to be the same in linears
-        that they compute as one matrix (`Scheme.for_all`)."""
+        """The names in `trainable` of numbers that belong to a whole weight. Servers expect linears that they compute
+        as one matrix to have the same one (`Scheme.for_all`)."""
         return ()
 
     def floats(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ pair of schemes needs one more rule here and nothing elsewhere.
                       one group a row    a group as long as the row, and back
                       scales in bf16     the same in fp16; the reverse if they are bfloat16 numbers
                       groups of 32 n     q4_0, q5_0, q8_0: n blocks with the scale of the group, and levels c - z, if
-                                         they reach so far; those of q5_0 do for any 4-bit weight
+                                         the type has them; q5_0 has those of any 4-bit weight
                                          q4_1, q5_1 if asymmetric, with the minimum -s z, where fp16 holds every s z
     mxfp4 of GGUF     the scheme mxfp4: the same exponents, and the same codes in another order
     nvfp4             nvfp4-mul, and back, if float32 holds a reciprocal of the global scale that gives the same scales

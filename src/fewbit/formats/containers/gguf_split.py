@@ -34,7 +34,7 @@ def split(path: Path, limit: int) -> list[Path]:
 
 
 def count(entries: Sequence[Entry], metadata: Mapping[str, Any], limit: int) -> int:
-    """How many files `split` makes of a file with these tensors and keys. PlanError as there."""
+    """How many files `split` makes of a file with these tensors and keys. PlanError if they are too many for a name."""
     return 1 if layout(metadata, entries, ALIGNMENT)[2] <= limit else len(_grouped(entries, metadata, limit))
 
 
