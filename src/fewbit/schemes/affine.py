@@ -7,12 +7,12 @@ Each row is cut into groups of columns. A group has one fp16 scale s and one int
 Symmetric: z = 2^(b-1) everywhere and is not stored. The codes then reach one step further down than up; s may be
 negative, so that this extra step can go to the longer tail. Asymmetric: z is stored in b bits.
 
-Fit without importance: the grid spans the group. Symmetric s = max|w| / (2^(b-1) - 0.5); asymmetric
-s = (max - min) / (2^b - 1), where [min, max] is widened to include 0. Fit with importance h: try shrunken ranges (and,
-if symmetric, both signs of s), keep the one of least sum h (w - ŵ)², then solve s in closed form for its codes,
-s = sum h w (c - z) / sum h (c - z)². Asymmetric with 2 or 3 bits: also try z + 1 and z - 1, each with s solved for the
-codes that it chooses; the error is then within 1 % of the best scale and zero point. Scales are rounded to fp16 before
-any code is chosen. Codes are rounded to nearest, ties to even.
+Fit without importance: the grid spans the group. Symmetric s = max|w| / (2^(b-1) - 0.5); asymmetric s = (max - min) /
+(2^b - 1), where [min, max] is widened to include 0. Fit with importance h: try shrunken ranges (and, if symmetric, both
+signs of s), keep the one of least sum h (w - ŵ)², then solve s in closed form for its codes, s = sum h w (c - z) / sum
+h (c - z)². Asymmetric with 2 or 3 bits: also try z + 1 and z - 1, each with s solved for the codes that it chooses; the
+error is then on average within 1 % of the best scale and zero point. Scales are rounded to fp16 before any code is
+chosen. Codes are rounded to nearest, ties to even.
 
 With the suffix `-bf16`, scales are rounded to bfloat16 instead, and stay between 2^-17 and 65280, where fp16 holds
 every bfloat16 number exactly. They are stored as fp16 all the same, so kernels see no difference. A server that loads
