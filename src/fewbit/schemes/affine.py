@@ -7,12 +7,19 @@ Each row is cut into groups of columns. A group has one fp16 scale s and one int
 Symmetric: z = 2^(b-1) everywhere and is not stored. The codes then reach one step further down than up; s may be
 negative, so that this extra step can go to the longer tail. Asymmetric: z is stored in b bits.
 
-Fit without importance: the grid spans the group. Symmetric s = max|w| / (2^(b-1) - 0.5); asymmetric s = (max - min) /
-(2^b - 1), where [min, max] is widened to include 0. Fit with importance h: try shrunken ranges (and, if symmetric, both
-signs of s), keep the one of least sum h (w - ŵ)², then solve s in closed form for its codes, s = sum h w (c - z) / sum
-h (c - z)². Asymmetric with 2 or 3 bits: also try z + 1 and z - 1, each with s solved for the codes that it chooses; the
-error is then on average within 1 % of the best scale and zero point. Scales are rounded to fp16 before any code is
-chosen. Codes are rounded to nearest, ties to even.
+Fit without importance: the grid spans the group. [min, max] is widened to include 0.
+
+    s = max|w| / (2^(b-1) - 0.5)              symmetric
+    s = (max - min) / (2^b - 1)               asymmetric
+
+Fit with importance h: try shrunken ranges (and, if symmetric, both signs of s), keep the one of least sum h (w - ŵ)²,
+then solve s in closed form for its codes:
+
+    s = sum h w (c - z) / sum h (c - z)²
+
+Asymmetric with 2 or 3 bits: also try z + 1 and z - 1, each with s solved for the codes that it chooses; the error is
+then on average within 1 % of the best scale and zero point. Scales are rounded to fp16 before any code is chosen. Codes
+are rounded to nearest, ties to even.
 
 With the suffix `-bf16`, scales are rounded to bfloat16 instead, and stay between 2^-17 and 65280, where fp16 holds
 every bfloat16 number exactly. They are stored as fp16 all the same, so kernels see no difference. A server that loads
@@ -21,7 +28,7 @@ scales in the dtype of a bfloat16 model (vLLM) then rounds nothing.
 Layout:
 
     codes   uint8   [N, ceil(K b / 8)]             one bit stream per row (see `bits`)
-    scale   float16 [N, K / group]         also with `-bf16`
+    scale   float16 [N, K / group]                 also with `-bf16`
     zero    uint8   [N, ceil(K / group * b / 8)]   one bit stream per row; asymmetric only
 
 >>> w = torch.tensor([[-3.5, -1.0, 0.2, 3.0] * 4])
@@ -103,9 +110,8 @@ class AffineGrids(Grids):
         if isinstance(columns, slice) and columns == ALL:  # avoids an [N, K] tensor of scales
             return x.unflatten(1, (-1, self.group)), self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
         if isinstance(columns, slice):
-            columns = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device, dtype=torch.int64)[
-                columns
-            ]
+            every = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device, dtype=torch.int64)
+            columns = every[columns]
         index = columns // self.group
         return x, self.scale[:, index], self.zero[:, index]
 

@@ -20,10 +20,8 @@ from fewbit.schemes.ggml.search import half
 
 G = TypeVar("G", bound="BlockGrids")
 _PANEL = 256  # columns processed between updates of the full gradient; at least one block
-_NARROW = (
-    1e-3  # smallest det / (uu dd) at which scale and offset are solved together; below it they are nearly parallel
-)
-
+# The smallest det / (uu dd) at which scale and offset are solved together; below it they are nearly parallel.
+_NARROW = 1e-3
 
 # By whether there is an m: by how much sc and m of a sub-block may change, from nothing to the most.
 _NEAR = {

@@ -260,9 +260,8 @@ def _unpack_scales(name: str, blocks: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _pack_scales(name: str, sc: Tensor, m: Tensor | None, blocks: Tensor) -> None:
-    sc = (sc + 32 if name in ("q3_k", "iq4_xs") else sc).to(
-        torch.uint8
-    )  # a negative number becomes its two's complement
+    # A negative number becomes its two's complement.
+    sc = (sc + 32 if name in ("q3_k", "iq4_xs") else sc).to(torch.uint8)
     if name in ("q4_k", "q5_k"):
         assert m is not None
         m = m.to(torch.uint8)
