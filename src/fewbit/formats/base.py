@@ -271,6 +271,21 @@ def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     return config
 
 
+def called(dtype: torch.dtype) -> str:
+    """The name of a type without its module: float8_e4m3fn."""
+    return str(dtype).removeprefix("torch.")
+
+
+def wrong(name: str, found: PartSpec, expected: str) -> FormatError:
+    """The error for a tensor of a wrong dtype or shape."""
+    return FormatError(f"{name} is {called(found.dtype)} {list(found.shape)}; {expected} expected")
+
+
+def missing(name: str, needed_by: str) -> FormatError:
+    """The error for a tensor that is not in the checkpoint."""
+    return FormatError(f"{name} is missing; {needed_by} needs it")
+
+
 def of_all_rows(values: Tensor, what: str) -> Tensor:
     """The entry [...] that all rows of `values` [N, ...] have. FormatError if they differ.
 

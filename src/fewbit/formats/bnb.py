@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, called
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
@@ -173,7 +173,7 @@ class BnbFormat(Format):
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": four.kind if four else "fp4",
             "bnb_4bit_use_double_quant": four.double if four else False,
-            "bnb_4bit_compute_dtype": _called(dtype) if dtype is not None and _called(dtype) in _FLOATS else "bfloat16",
+            "bnb_4bit_compute_dtype": called(dtype) if dtype is not None and called(dtype) in _FLOATS else "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
         }
 
@@ -244,7 +244,7 @@ def _expected_4_bit(module: str, tensors: Mapping[str, PartSpec], config: Mappin
     expected = {
         "weight": PartSpec(
             (weight.shape[0] if weight.shape and weight.shape[0] else -1, 1),
-            weight.dtype if _called(weight.dtype) in _STORAGE else torch.uint8,
+            weight.dtype if called(weight.dtype) in _STORAGE else torch.uint8,
         ),
         "weight.absmax": PartSpec((blocks,), torch.uint8 if double else torch.float32),
         "weight.quant_map": PartSpec((16,), torch.float32),
@@ -268,10 +268,6 @@ def _check(module: str, tensors: Mapping[str, PartSpec], expected: Mapping[str, 
             )
     if surplus := sorted(set(tensors) - set(expected)):
         raise FormatError(f"{module}.{surplus[0]} is unexpected beside {', '.join(sorted(expected))}")
-
-
-def _called(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _state(scheme: FourBit, shape: Shape, dtype: str, parts: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored, of_all_rows
-from fewbit.formats.layouts.base import is_float, is_fp8, missing, wrong
+from fewbit.formats.base import Format, Shape, Stored, missing, of_all_rows, wrong
+from fewbit.formats.layouts.base import is_float, is_fp8
 from fewbit.formats.layouts.fp8 import block_size, is_scale, scale_names
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register

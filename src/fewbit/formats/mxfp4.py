@@ -23,8 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
-from fewbit.formats.layouts.base import missing, wrong
+from fewbit.formats.base import Format, Shape, Stored, missing, wrong
 from fewbit.formats.layouts.mxfp4 import BLOCKS, SCALES, check, fused_in
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register

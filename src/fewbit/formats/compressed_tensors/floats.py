@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Shape, of_all_rows
+from fewbit.formats.base import Shape, called, of_all_rows, wrong
 from fewbit.formats.compressed_tensors.config import Args, Group
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
@@ -111,11 +111,11 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str) -> tupl
     if (args.kind, args.bits) != ("float", width):
         raise FormatError(
             f"{module}: num_bits = {args.bits}, type = {args.kind!r} in the quantization config, but {module}.{name} "
-            f"is {_called(stored.dtype)}",
+            f"is {called(stored.dtype)}",
             f"float and {width} bits are expected.",
         )
     if len(stored.shape) != 2 or not min(stored.shape):
-        raise _wrong(f"{module}.{name}", stored, "two dimensions")
+        raise wrong(f"{module}.{name}", stored, "two dimensions")
     scheme: Float
     if packed:
         n, k = stored.shape[0], 2 * stored.shape[1]
@@ -132,7 +132,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str) -> tupl
             if found is None:
                 raise FormatError(f"{module}.{suffix} is missing; {module}.{name} needs it")
             if found != expected and not (suffix == "weight_global_scale" and found == PartSpec((), torch.float32)):
-                raise _wrong(f"{module}.{suffix}", found, f"{_called(expected.dtype)} {list(expected.shape)}")
+                raise wrong(f"{module}.{suffix}", found, f"{called(expected.dtype)} {list(expected.shape)}")
         if isinstance(scheme, MXFP4) and "weight_global_scale" in tensors:
             raise FormatError(f"{module}.weight_global_scale belongs to strategy tensor_group (NVFP4), not to group")
         return scheme, (n, k)
@@ -144,7 +144,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str) -> tupl
     if prod(needed) == 1:
         shapes += [(), (1,), (1, 1)]
     if scale.shape not in shapes or not scale.dtype.is_floating_point or scale.dtype.itemsize < 2:
-        raise _wrong(f"{module}.weight_scale", scale, f"a float {list(needed)}")
+        raise wrong(f"{module}.weight_scale", scale, f"a float {list(needed)}")
     return made, (n, k)
 
 
@@ -165,11 +165,3 @@ def read(tensors: Mapping[str, Tensor], group: Group, module: str) -> QTensor:
     if flaw := scheme.flaw(parts):
         raise FormatError(f"{module}.{names[flaw[0]]} {flaw[1]}")
     return QTensor(scheme, shape, parts)
-
-
-def _called(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _wrong(name: str, found: PartSpec, expected: str) -> FormatError:
-    return FormatError(f"{name} is {_called(found.dtype)} {list(found.shape)}; {expected} expected")

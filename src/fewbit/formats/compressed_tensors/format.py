@@ -42,7 +42,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, called, wrong
 from fewbit.formats.compressed_tensors import floats, integers
 from fewbit.formats.compressed_tensors.config import MIXED, Group, Groups, patterns
 from fewbit.lazy import Tensor, torch
@@ -268,11 +268,8 @@ def _check(module: str, parts: Mapping[str, PartSpec]) -> None:
         spec = parts.get(suffix)
         if spec is None or (spec.dtype in dtypes and (suffix != "weight_shape" or spec.shape == (2,))):
             continue
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise FormatError(
-            f"{module}.{suffix} is {str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}; "
-            f"{names}{' [2]' if suffix == 'weight_shape' else ''} expected"
-        )
+        names = " or ".join(map(called, dtypes))
+        raise wrong(f"{module}.{suffix}", spec, f"{names}{' [2]' if suffix == 'weight_shape' else ''}")
 
 
 def _group_of(groups: Groups, weight: QTensor, module: str) -> Group:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Shape, of_all_rows, scales_were_rounded, stored_order
+from fewbit.formats.base import Shape, called, of_all_rows, scales_were_rounded, stored_order, wrong
 from fewbit.formats.compressed_tensors.config import Args, Group
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits
@@ -81,14 +81,14 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
     stored = tensors["weight"] if packed is None else packed
     if len(stored.shape) != 2 or not min(stored.shape):
         name = "weight" if packed is None else "weight_packed"
-        raise _wrong(f"{module}.{name}", stored, "two dimensions")
+        raise wrong(f"{module}.{name}", stored, "two dimensions")
     n = stored.shape[0]
     whole = packed is None and args.strategy == "tensor"
     sizes = [(1,), (), (1, 1)] if whole else [(n,)]
-    if str(scale.dtype).removeprefix("torch.") not in _FLOATS or not (
+    if called(scale.dtype) not in _FLOATS or not (
         scale.shape in sizes or (len(scale.shape) == 2 and scale.shape[0] == n and scale.shape[1])
     ):
-        raise _wrong(f"{module}.weight_scale", scale, f"a float [{1 if whole else n}, groups]")
+        raise wrong(f"{module}.weight_scale", scale, f"a float [{1 if whole else n}, groups]")
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
     if args.group == 1:
         raise FormatError(f"{module}: group_size = {args.group} in the quantization config: more than 1 is expected")
@@ -108,7 +108,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
             f"{what}, but {module}.weight_scale has {groups} groups and the config says group_size {args.group}"
         )
     if packed is not None and packed.shape[1] not in (_words(k, args.bits), _old_words(k, args.bits)):
-        raise _wrong(
+        raise wrong(
             f"{module}.weight_packed", packed, f"{[n, _words(k, args.bits)]} for {k} codes of {args.bits} bits in a row"
         )
     zero, symmetric = tensors.get("weight_zero_point"), args.symmetric
@@ -119,11 +119,10 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
         rows = n if packed is None else (_old_words if old else _words)(n, args.bits)
         spec = PartSpec(scale.shape, torch.int8) if packed is None else PartSpec((rows, groups), torch.int32)
         if zero != spec:
-            name = str(spec.dtype).removeprefix("torch.")
-            raise _wrong(f"{module}.weight_zero_point", zero, f"{name} {list(spec.shape)}")
+            raise wrong(f"{module}.weight_zero_point", zero, f"{called(spec.dtype)} {list(spec.shape)}")
     order = tensors.get("weight_g_idx")
     if order is not None and order != PartSpec((k,), torch.int32):
-        raise _wrong(f"{module}.weight_g_idx", order, f"int32 {[k]}")
+        raise wrong(f"{module}.weight_g_idx", order, f"int32 {[k]}")
     return Affine(args.group, args.bits, symmetric, scale.dtype == torch.bfloat16), (n, k)
 
 
@@ -251,7 +250,3 @@ def _unsigned(values: Tensor, width: int, name: str) -> Tensor:
     if width < 8 and values.numel() and (int(values.min()) < -middle or int(values.max()) >= middle):
         raise FormatError(f"{name} has values beyond {width} bits, which the quantization config states")
     return (values.to(torch.int16) + middle).to(torch.uint8)
-
-
-def _wrong(name: str, found: PartSpec, expected: str) -> FormatError:
-    return FormatError(f"{name} is {str(found.dtype).removeprefix('torch.')} {list(found.shape)}; {expected} expected")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
-from fewbit.errors import FormatError
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Codec, PartSpec, QTensor
 
@@ -73,16 +72,6 @@ class Layout(ABC):
         names: the name and header of each tensor. read: gives the data of a tensor, for what no header says.
         FormatError that names the tensor if one is missing, or has another dtype or shape than expected.
         """
-
-
-def wrong(name: str, found: PartSpec, expected: str) -> FormatError:
-    """The error for a tensor of a wrong dtype or shape."""
-    return FormatError(f"{name} is {str(found.dtype).removeprefix('torch.')} {list(found.shape)}; {expected} expected")
-
-
-def missing(name: str, needed_by: str) -> FormatError:
-    """The error for a tensor that is not in the checkpoint."""
-    return FormatError(f"{name} is missing; {needed_by} needs it")
 
 
 def is_float(spec: PartSpec) -> bool:

@@ -26,7 +26,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.layouts.base import Handles, Layout, Packed, Read, is_float, is_fp8, missing, wrong
+from fewbit.formats.base import called, missing, wrong
+from fewbit.formats.layouts.base import Handles, Layout, Packed, Read, is_float, is_fp8
 from fewbit.formats.layouts.fp8 import packed_fp8
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits as streams
@@ -196,8 +197,7 @@ def _fp4(module: str, parts: Mapping[str, PartSpec]) -> Packed:
     if scale != PartSpec((n, -(-k // group)), dtype):
         if whole is None and scale.dtype == torch.float8_e4m3fn:
             raise missing(f"{module}.weight_global_scale", f"{module}.weight_scale, which is float8_e4m3fn,")
-        called = str(dtype).removeprefix("torch.")
-        raise wrong(f"{module}.weight_scale", scale, f"{called} {[n, -(-k // group)]}")
+        raise wrong(f"{module}.weight_scale", scale, f"{called(dtype)} {[n, -(-k // group)]}")
     if whole is not None and (whole.dtype != torch.float32 or whole.shape not in ((1,), ())):
         raise wrong(f"{module}.weight_global_scale", whole, "float32 [1]")
     roles = _roles(module, parts, ("packed", "scale", "global_scale"))

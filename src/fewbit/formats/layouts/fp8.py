@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.layouts.base import Handles, Layout, Packed, Read, is_float, is_fp8, missing, wrong
+from fewbit.formats.base import called, missing, wrong
+from fewbit.formats.layouts.base import Handles, Layout, Packed, Read, is_float, is_fp8
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.floats import e2m1, e8m0, scaled
@@ -36,7 +37,7 @@ class FP8(Layout):
             scale = next((each for each in scale_names(name) if each in names), None)
             if is_fp8(spec) and not is_scale(name, names):
                 if scale is None:
-                    raise missing(scale_names(name)[0], f"{name}, which is {_called(spec.dtype)},")
+                    raise missing(scale_names(name)[0], f"{name}, which is {called(spec.dtype)},")
                 found[name] = packed_fp8(name, spec, scale, names[scale], block)
             elif scale is not None and spec.dtype in (torch.int8, torch.uint8):
                 found[name] = _packed_fp4(name, spec, scale, names[scale])
@@ -144,7 +145,3 @@ def scale_names(name: str) -> list[str]:
 def is_scale(name: str, names: Mapping[str, PartSpec]) -> bool:
     """Whether the tensor `name` holds the scales of another tensor."""
     return any(name.endswith(end) and name.removesuffix(end) in names for end in ("_scale_inv", "_scale"))
-
-
-def _called(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

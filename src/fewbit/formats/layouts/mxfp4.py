@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.layouts.base import Handles, Layout, Packed, Read, missing, wrong
+from fewbit.formats.base import missing, wrong
+from fewbit.formats.layouts.base import Handles, Layout, Packed, Read
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.floats import e2m1, e8m0
