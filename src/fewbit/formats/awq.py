@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored, for_module
+from fewbit.formats.base import Format, Shape, Stored, called, for_module, wrong
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
@@ -269,7 +269,7 @@ def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]
         if len(specs[suffix].shape) != 2:
             raise FormatError(f"{module}.{suffix} has shape {list(specs[suffix].shape)}; two dimensions expected")
     if not specs["scales"].dtype.is_floating_point:
-        raise FormatError(f"{module}.scales is {specs['scales'].dtype}; floating point expected")
+        raise wrong(f"{module}.scales", specs["scales"], "a float")
     rows, columns = specs["qweight"].shape
     n, k = (rows, columns * _PER_WORD) if version == "gemv" else (columns * _PER_WORD, rows)
     if not n or not k:
@@ -287,7 +287,5 @@ def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]
     for suffix, shape in shapes.items():
         expected = PartSpec(shape, specs["scales"].dtype if suffix == "scales" else torch.int32)
         if specs[suffix] != expected:
-            raise FormatError(
-                f"{module}.{suffix} is {specs[suffix].dtype} {list(specs[suffix].shape)}; "
-                f"{expected.dtype} {list(expected.shape)} expected for a {version} file with groups of {group}"
-            )
+            wanted = f"{called(expected.dtype)} {list(expected.shape)}"
+            raise wrong(f"{module}.{suffix}", specs[suffix], f"{wanted}, for a {version} file with groups of {group},")

@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Shape, Stored, called
+from fewbit.formats.base import Format, Shape, Stored, called, wrong
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
@@ -262,10 +262,8 @@ def _check(module: str, tensors: Mapping[str, PartSpec], expected: Mapping[str, 
         if suffix not in tensors and suffix != "weight_format":
             raise FormatError(f"{module}.{suffix} is missing")
         if suffix in tensors and tensors[suffix] != spec:
-            raise FormatError(
-                f"{module}.{suffix} is {tensors[suffix].dtype} {list(tensors[suffix].shape)}; "
-                f"{spec.dtype} {['?' if size < 0 else size for size in spec.shape]} expected"
-            )
+            shape = ["?" if size < 0 else size for size in spec.shape]
+            raise wrong(f"{module}.{suffix}", tensors[suffix], f"{called(spec.dtype)} {shape}")
     if surplus := sorted(set(tensors) - set(expected)):
         raise FormatError(f"{module}.{surplus[0]} is unexpected beside {', '.join(sorted(expected))}")
 

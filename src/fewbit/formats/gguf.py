@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, wrong
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
@@ -74,9 +74,7 @@ class GGUFFormat(Format):
             raise FormatError(f"{module}.{_SUFFIX} is missing")
         block = BLOCK_TYPES[str(scheme)]
         if spec.dtype != torch.uint8 or len(spec.shape) != 2 or not spec.shape[0] or spec.shape[1] < block.nbytes:
-            raise FormatError(
-                f"{module}.{_SUFFIX} is {spec.dtype} {list(spec.shape)}; uint8 with rows of blocks expected"
-            )
+            raise wrong(f"{module}.{_SUFFIX}", spec, "uint8 with rows of blocks")
         if spec.shape[1] % block.nbytes:
             raise FormatError(
                 f"{module}.{_SUFFIX} has rows of {spec.shape[1]} bytes, which blocks of {block.nbytes} do not divide"

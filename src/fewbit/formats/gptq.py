@@ -31,7 +31,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored, for_module, stored_order
+from fewbit.formats.base import Format, Shape, Stored, called, for_module, stored_order, wrong
 from fewbit.lazy import Tensor, torch
 from fewbit.names import in_short
 from fewbit.registry import register
@@ -297,10 +297,8 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
         "g_idx": PartSpec((k,), torch.int32),
     }
     if not specs["scales"].dtype.is_floating_point:
-        raise FormatError(f"{module}.scales is {specs['scales'].dtype}; floating point expected")
+        raise wrong(f"{module}.scales", specs["scales"], "a float")
     for suffix, spec in specs.items():
         if spec != expected[suffix]:
-            raise FormatError(
-                f"{module}.{suffix} is {spec.dtype} {list(spec.shape)}; "
-                f"{expected[suffix].dtype} {list(expected[suffix].shape)} expected"
-            )
+            wanted = expected[suffix]
+            raise wrong(f"{module}.{suffix}", spec, f"{called(wanted.dtype)} {list(wanted.shape)}")
