@@ -9,6 +9,9 @@ scales that the plan's method chose (`nn/moved.py`).
 Every eighth window is held out. The loss on these decides which state is kept, and, once it is rounded as its file
 stores it, whether it is kept at all. Otherwise the block keeps its codes and scales, and a note says so.
 
+Related: BRECQ (https://arxiv.org/abs/2102.05426), which tunes the rounding block by block, and the first phase of
+EfficientQAT (https://arxiv.org/abs/2407.11062), which trains the weights too.
+
 Memory, for each weight of the block: 24 bytes (the value, its position, the best position, gradient, two moments).
 """
 
