@@ -9,8 +9,8 @@ The floats of packed weights are trained (`nn/tuned.py`), and if wanted their co
 a pull-back of 1e-3 sum e². A tenth of the windows is held out. It decides when to stop and which state is kept
 (`descent.py`).
 
-Related: the second phase of EfficientQAT (https://arxiv.org/abs/2407.11062) trains the scales end to end, on the text in
-place of the original's distribution.
+Related: the second phase of EfficientQAT (https://arxiv.org/abs/2407.11062) trains the scales end to end, on the text
+in place of the original's distribution.
 
 Memory: the packed model, 16 bytes for each trained number, 24 for each trained code, and the activations of a pass. If
 those of all blocks may take more than a quarter of the free memory, each block is computed again in the backward pass,
