@@ -11,7 +11,7 @@ import tables
 
 from fewbit import registry
 from fewbit.formats.base import Format, large
-from fewbit.pipeline import conversion
+from fewbit.plans.targets import DENSE, targets
 from fewbit.schemes import exact
 from fewbit.schemes.base import Scheme, parse
 
@@ -27,8 +27,8 @@ def main() -> None:
 
 def table() -> str:
     """For each scheme that a format stores: whether each format holds its values exactly. In Markdown."""
-    formats = {target.format.name: target.format for target in conversion.targets().values()}
-    del formats[conversion.DENSE]
+    formats = {target.format.name: target.format for target in targets().values()}
+    del formats[DENSE]
     examples = [spec for family in registry.entries("schemes").values() for spec in family.examples]
     rows: dict[tuple[str, ...], list[str]] = {}
     for spec in dict.fromkeys([*examples, *MORE]):

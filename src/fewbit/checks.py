@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import operator
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from fewbit import units
-from fewbit.errors import ArgumentError
+from fewbit.errors import ArgumentError, PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +142,33 @@ def device(name: str, value: Any) -> str | None:
     if not isinstance(value, torch.device):
         raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
     return str(value)
+
+
+def gpu(name: str, value: str | None) -> None:
+    """PlanError for a device other than the CPU on a machine without a GPU. Which GPUs there are is checked later."""
+    if value not in (None, "cpu") and _without_gpu():
+        raise PlanError(f"`{name}={value}` is not available", "Available: cpu.")
+
+
+@cache
+def _without_gpu() -> bool:
+    """Whether PyTorch surely sees no GPU: it is built for the CPU, or it is built for CUDA and there is no driver.
+
+    This must not import PyTorch, which takes seconds.
+    """
+    try:
+        build = importlib.metadata.version("torch").partition("+")[2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    if build == "cpu" or sys.platform == "darwin":
+        return True
+    if build.startswith("rocm"):
+        return False
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return True
+    return False
 
 
 def dtype(name: str, value: Any) -> torch.dtype | str:

@@ -10,6 +10,7 @@ from fewbit.errors import PlanError
 
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
+PEFT = "peft"  # what `convert` makes of a GGUF file with a LoRA
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import re
@@ -82,6 +83,19 @@ LIGHT: list[tuple[int, str]] = [
     (2, "serve tiny --host 203.0.113.1"),  # an address that no machine has
     (2, "evaluate ./nowhere"),
     (2, "evaluate tiny --reference ./nowhere"),
+    (2, "evaluate tiny --reference other"),
+    (2, "tune other --reference tiny -o out"),
+    (2, "evaluate tiny --limit 3"),
+    (2, "evaluate tiny --reference-adapter a"),
+    (2, "evaluate tiny --record --adapter a"),
+    (2, "convert tiny -o out.gguf --to awq"),
+    (2, "convert tiny -o out --to gguf"),
+    (2, "convert tiny -o out --to gtpq"),
+    (2, "quantize tiny -o out --max-shard 1GB"),
+    (2, "quantize tiny --dry-run --max-shard 1GB"),
+    (2, "imatrix tiny -o out.bin"),
+    (2, "finetune tiny --data pydoc -o out.gguf"),
+    (2, "merge tiny adapter -o out.gguf"),
     (2, "compare ./nowhere"),
     (2, "compare tiny --plans gptq-4bti,nf4"),
     (2, "compare tiny --calibration-samples 0"),
@@ -117,7 +131,34 @@ for code, line in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.parametrize("build", ["2.13.0+cpu", "2.13.0"])
+def test_a_gpu_that_is_not_there_is_refused_early(build: str, tmp_path: Path) -> None:
+    """By the build for the CPU, and by that for CUDA where there is no driver."""
+    if build == "2.13.0":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+            pytest.skip("this machine has a driver")
+        except OSError:
+            pass
+    said = (
+        "import importlib.metadata as known\nversion = known.version\n"
+        f"known.version = lambda name: {build!r} if name == 'torch' else version(name)\n"
+    )
+    lines = ["generate tiny a --device cuda", "evaluate tiny --device cuda:1", "quantize tiny -o out --device cuda"]
+    done = subprocess.run(
+        [sys.executable, "-c", said + RUN, json.dumps([(2, line) for line in lines])],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("--device cuda is not available\n  Available: cpu.") == 2
+
+
 def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"text_config": {"vocab_size": 7}}', encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(LIGHT)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )

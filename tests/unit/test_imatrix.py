@@ -158,5 +158,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_names_of_files(tmp_path: Path) -> None:
-    assert imatrix.why_not(tmp_path / "m.gguf") is imatrix.why_not(tmp_path / "m.dat") is None
-    assert "a .gguf or .dat file" in str(imatrix.why_not(tmp_path / "m.bin"))
+    for good in ("m.gguf", "m.dat"):
+        imatrix.check(tmp_path / good)
+    with pytest.raises(PlanError, match=r"a \.gguf or \.dat file"):
+        imatrix.check(tmp_path / "m.bin")

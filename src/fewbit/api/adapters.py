@@ -27,7 +27,7 @@ from fewbit.models.outline import Outline
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate, outlined
-from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED, PEFT
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, left_behind, rehearsed, same_vocabulary
 from fewbit.plans.plan import is_file
@@ -39,8 +39,6 @@ from fewbit.system.files import write_json
 from fewbit.texts import calibration as texts_calibration
 from fewbit.texts import sources, windows
 from fewbit.texts.examples import examples, split
-
-PEFT = "peft"  # what `convert` makes of a GGUF file with a LoRA
 
 
 @checked
@@ -70,6 +68,7 @@ def finetune(
     elapsed = timing.timed()
     with ranks.joined(device) as device:
         out = publish.named(out)
+        arguments.check_finetuned(out)
         if ranks.first():
             publish.check_output(out, overwrite=overwrite)
         loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
@@ -188,11 +187,8 @@ def merge(
     """
     elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
-    if plan is None and out.suffix == ".gguf":
-        raise PlanError(
-            f"{out} would be a GGUF file, and without a plan merge makes a folder",
-            "Give a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
-        )
+    if plan is None:
+        arguments.check_merged(out)
     if plan is None and imatrix is not None:
         raise PlanError(
             f"`imatrix={imatrix}`: without a plan merge quantizes nothing", "Give a plan, or omit `imatrix`."

@@ -202,6 +202,34 @@ def keys(name: str, value: Any) -> dict[str, str]:
     raise invalid(name, value, "KEY=VALUE, or a dictionary of keys and their values as text")
 
 
+def check_finetuned(out: str | Path) -> None:
+    """PlanError if `out` of finetune cannot be a folder."""
+    publish.check_folder(out, "finetune makes a folder", "`fewbit convert --to gguf` makes a file of an adapter.")
+
+
+def check_merged(out: str | Path) -> None:
+    """PlanError if `out` of a merge without a plan cannot be a folder."""
+    publish.check_folder(out, "without a plan merge makes a folder", "Or give a plan for GGUF, such as `plan=q4_k_m`.")
+
+
+def check_split(file: bool) -> None:
+    """PlanError if the output, which is to be split, is not a file."""
+    if not file:
+        raise PlanError(
+            "`max_shard` splits GGUF files, and this output is a folder",
+            "A folder has its weights in shards already. Leave `max_shard` out.",
+        )
+
+
+def check_evaluation(**given: Any) -> None:
+    """PlanError for options of `evaluate` that do not go together. given: its arguments."""
+    for option, other in (("reference_adapter", "reference"), ("limit", "tasks")):
+        if given[option] is not None and given[other] is None:
+            raise PlanError(f"`{option}` without `{other}`", f"Give `{other}` too.")
+    if given["record"] and given["adapter"] is not None:
+        raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
+
+
 def sampling(name: str, value: Any) -> Sampling:
     if not isinstance(value, Sampling):
         raise invalid(name, value, "a fewbit.Sampling")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewbit import registry
 from fewbit.api import adapters, arguments, evaluate, quantize, records, splitting
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
@@ -22,10 +21,13 @@ from fewbit.models.gguf import header as gguf_header
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
+from fewbit.names import PEFT
 from fewbit.pipeline import conversion, replacing, sizes, write_folder, write_gguf
-from fewbit.pipeline.conversion import Conversion, Target
+from fewbit.pipeline.conversion import Conversion
 from fewbit.pipeline.job import Preview, evaluated, left_behind
+from fewbit.plans import targets
 from fewbit.plans.plan import Assignment, Plan
+from fewbit.plans.targets import Target
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Converted, Evaluation
@@ -83,7 +85,7 @@ def convert(
     measured_on = {"text": text, "length": length, "samples": samples}
     anew: dict[str, Any] = {"plan": plan, "calibration": calibration, "imatrix": imatrix, **measured_on}
     _refuse_unused(model, to, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
-    if to == adapters.PEFT:
+    if to == PEFT:
         return adapters.as_peft(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if adapters.is_adapter(model):
         if to != "gguf":
@@ -92,7 +94,7 @@ def convert(
     limit = None if max_shard is None else int(max_shard)
     if set and requantize:
         raise PlanError("`set` and `requantize=True` are given", "Give one of them.")
-    target, source = _target(to), locate(model, safetensors_only=safetensors_only)
+    target, source = targets.find(to), locate(model, safetensors_only=safetensors_only)
     if requantize:
         wanted = quantize.Request(
             plan=_plan(plan, target, to),
@@ -133,11 +135,11 @@ def preview(
     It has the options of a `convert` without `requantize`, and refuses those that `convert` refuses.
     """
     adapters.check_kind(model, to)
-    if to == adapters.PEFT or adapters.is_adapter(model):
+    if to == PEFT or adapters.is_adapter(model):
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     anew = {"plan": plan, "calibration": calibration, "imatrix": imatrix}
     _refuse_unused(model, to, **anew, text=text, length=length, samples=samples, base=base)
-    target, source = _target(to), locate(model, safetensors_only=safetensors_only)
+    target, source = targets.find(to), locate(model, safetensors_only=safetensors_only)
     limit = None if max_shard is None else int(max_shard)
     if _copies(source, target, set, limit):
         return _previewed_copy(source, arguments.keys("set", set or {}), limit)
@@ -174,13 +176,6 @@ def _previewed_copy(source: Source, set: Mapping[str, str], max_shard: int | Non
     )
 
 
-def _target(to: str) -> Target:
-    known = conversion.targets()
-    if to not in known:
-        raise registry.unknown("format", to, known)
-    return known[to]
-
-
 def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
     """The plan of a conversion with `requantize`. PlanError if there is none, or if it makes another format."""
     if plan is None:
@@ -195,7 +190,7 @@ def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
 def _refuse_unused(model: str | Path, to: str, **options: Any) -> None:
     """PlanError for an option that is given, but has no effect on `model`."""
     given = [name for name, value in options.items() if value not in _UNSET.get(name, (None,))]
-    if to == adapters.PEFT or adapters.is_adapter(model):
+    if to == PEFT or adapters.is_adapter(model):
         if unused := [name for name in given if name != "base"]:
             raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
     elif "base" in given:
@@ -224,14 +219,6 @@ def _header(made: Conversion, source: Source, trust_remote_code: bool) -> gguf_h
     return gguf_header.of(made.settled.skeleton.config, tokenizer, source.name, source.folder)
 
 
-def _check_suffix(out: Path, target: Target, to: str) -> None:
-    suffix = target.format.suffix
-    if suffix and out.suffix != suffix:
-        raise PlanError(f"{out}: `to={to}` makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
-    if not suffix and out.suffix == ".gguf":
-        raise PlanError(f"{out} would be a GGUF file, but `to={to}` makes a folder", "Give another `out`.")
-
-
 def _converted(
     source: Source,
     out: Path,
@@ -241,8 +228,7 @@ def _converted(
     trust_remote_code: bool,
     progress: bool | None,
 ) -> Converted:
-    elapsed, file = timing.timed(), bool(target.format.suffix)
-    _check_suffix(publish.named(out), target, target.format.name)
+    elapsed, file = timing.timed(), targets.is_file(publish.named(out), target, target.format.name)
     publish.check_output(out, overwrite=overwrite, file=file)
     parts = splitting.parts(out, max_shard, overwrite=overwrite, file=file)
     publish.check_not_lost(out, source.origin, source.folder, *source.files)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewbit.api import records
+from fewbit.api import arguments, records
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
 from fewbit.errors import PlanError
@@ -63,17 +63,21 @@ def evaluate(
     the extra `fewbit[tasks]`. limit: number of examples of each task; None: all.
     record: also write the result into the record and the model card of `model`, an output of fewbit.
     """
+    arguments.check_evaluation(
+        reference=reference,
+        reference_adapter=reference_adapter,
+        adapter=adapter,
+        tasks=tasks,
+        limit=limit,
+        record=record,
+    )
     elapsed = timing.timed()
     with ranks.joined(device) as device, report_progress.windows(progress) as tell:
         loading = Loading(machine.device(device), dtype, kernel, adapter, trust_remote_code=trust_remote_code).exact()
         if reference_adapter is not None:
-            if reference is None:
-                raise PlanError("`reference_adapter` without `reference`", "Give `reference` too.")
             check_adapter(reference_adapter)
         source, original = locate(model), locate(reference) if reference is not None else None
         if record:
-            if adapter is not None:
-                raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
             records.check_recorded(source)
         scored = _tasks(tasks, limit, _shown(progress))  # type: ignore[arg-type]  # checked
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -125,8 +129,6 @@ def _unused(source: Source, model: Any) -> list[str]:
 def _tasks(tasks: Sequence[str] | None, limit: int | None, shown: bool | None) -> Tasks | None:
     """The tasks, found before any model is loaded."""
     if tasks is None:
-        if limit is not None:
-            raise PlanError("`limit` without `tasks`", "Give `tasks` too.")
         return None
     if ranks.size() > 1:
         raise PlanError("`tasks` run in one process", "Run it without torchrun.")

@@ -340,7 +340,7 @@ def preview(
     where = machine.device(device) if budget is not None and budget.given else "cpu"
     job = Job.prepare(source, wanted, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
     if max_shard is not None:
-        splitting.check(job.single_file)
+        arguments.check_split(job.single_file)
     if not job.single_file and (budget is None or not budget.given):
         return job.preview()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -366,8 +366,7 @@ def imatrix(
 ) -> Measured:
     """Measure the importance matrix of `model` on a calibration text. Writes `out`, llama.cpp's .gguf or .dat file."""
     elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
-    if reason := importances.why_not(out):
-        raise PlanError(reason, "Give another `out`.")
+    importances.check(out)
     with ranks.joined(device) as device:
         if ranks.first():
             publish.check_output(out, overwrite=overwrite, file=True)

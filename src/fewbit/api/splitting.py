@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from fewbit.api import arguments
 from fewbit.errors import PlanError
 from fewbit.formats.containers import gguf_parts, gguf_split
 from fewbit.models.gguf.header import Header
@@ -17,26 +18,17 @@ def parts(out: Path, max_shard: int | None, *, overwrite: bool, file: bool) -> p
     """How the output is split; None if it is not. PlanError if it is a folder, or if parts of this name exist."""
     if max_shard is None:
         return None
-    check(file)
+    arguments.check_split(file)
     if (there := gguf_parts.beside(out.resolve())) and not overwrite:
         raise PlanError(f"{there[0]} exists", "Use `overwrite=True` to replace it, or give another `out`.")
     return publish.Parts(partial(gguf_split.split, limit=max_shard), gguf_parts.beside)
-
-
-def check(file: bool) -> None:
-    """PlanError if the output, which is to be split, is not a file."""
-    if not file:
-        raise PlanError(
-            "`max_shard` splits GGUF files, and this output is a folder",
-            "A folder has its weights in shards already. Leave `max_shard` out.",
-        )
 
 
 def count(settled: Settled, header: Header | None, max_shard: int | None) -> int:
     """How many files the output becomes, before it is made. PlanError if it is a folder, or if they are too many."""
     if max_shard is None:
         return 1
-    check(header is not None)
+    arguments.check_split(header is not None)
     assert header is not None
     return write_gguf.files(settled, header, max_shard)
 

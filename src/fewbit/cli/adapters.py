@@ -31,7 +31,10 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on MODEL, quantized or not. MODEL itself does not change."""
+    from fewbit.api import arguments
+
     need_peft()
+    arguments.check_finetuned(output)
     learned = text_of(data) or data
     from fewbit.api import adapters
     from fewbit.report import text as report
@@ -78,9 +81,12 @@ def merge(
     """Add ADAPTER to MODEL's weights in 16 bits, quantize the result if --plan is given, and compare."""
     need_peft()
     measured = text_of(text)
+    from fewbit.api import arguments
     from fewbit.plans.plan import find, is_file
 
-    if plan is not None:
+    if plan is None:
+        arguments.check_merged(output)
+    else:
         is_file(output, find(plan))
     from fewbit.api import adapters
     from fewbit.report import text as report

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit import names
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import (
     DryRun,
@@ -74,6 +75,12 @@ def convert(
     A model that is not quantized can become a GGUF file in 16 bits.
     """
     check_output(output, dry_run=dry_run)
+    from fewbit.plans import targets
+
+    if (target := to.lower()) != names.PEFT:
+        found = targets.find(target)
+        if output is not None:
+            targets.is_file(output, found, target)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
     measured = text_of(text)

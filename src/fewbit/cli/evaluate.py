@@ -9,6 +9,7 @@ import typer
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Json, Model, Text, Windows, printed
 from fewbit.cli.stdin import text_of
+from fewbit.models import stated
 from fewbit.models.loading import Loading
 
 
@@ -35,6 +36,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
+    from fewbit.api import arguments
+
+    arguments.check_evaluation(
+        reference=reference,
+        reference_adapter=reference_adapter,
+        adapter=loading.adapter,
+        tasks=tasks,
+        limit=limit,
+        record=record,
+    )
+    if reference is not None:
+        stated.check_vocabularies(reference, model)
     measured = text_of(text)
     from fewbit.api import evaluate as api
     from fewbit.report import text as report

@@ -62,6 +62,8 @@ class _Flag:
             given = tuple(part.strip() for part in given.split(",") if part.strip())
         if given is not None or self.field.default is not None:
             self.field.metadata["check"](self.name, given)
+        if self.field.metadata["check"] is checks.device:
+            checks.gpu(self.name, given)
         return given
 
 

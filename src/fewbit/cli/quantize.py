@@ -21,6 +21,7 @@ from fewbit.cli.options import (
     check_output,
     printed,
 )
+from fewbit.formats.containers import imatrix as importances
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
 from fewbit.texts.calibration import Calibration
@@ -57,7 +58,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a new folder or .gguf file."""
-    from fewbit.plans.plan import find, is_file
+    from fewbit.api import arguments
+    from fewbit.plans.plan import find, format_of, is_file
 
     chosen = find(plan)
     options: dict[str, str] = ctx.obj or {}
@@ -66,6 +68,8 @@ def quantize(
     check_output(output, dry_run=dry_run)
     if output is not None:
         is_file(output, chosen)
+    if max_shard is not None:
+        arguments.check_split(bool(format_of(chosen).suffix))
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
@@ -117,6 +121,7 @@ def imatrix(
     as_json: Json = False,
 ) -> None:
     """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
+    importances.check(output)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 

@@ -9,6 +9,7 @@ import typer
 
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Json, Model, Overwrite, printed
+from fewbit.models import stated
 from fewbit.models.loading import Loading
 from fewbit.pipeline.optimization import Optimization
 from fewbit.texts.calibration import Calibration
@@ -26,6 +27,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Train scales, norms and biases of the quantized MODEL to predict as its original."""
+    stated.check_vocabularies(reference, model)
     from fewbit.api import tune as api
     from fewbit.report import text as report
 

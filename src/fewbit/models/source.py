@@ -19,7 +19,7 @@ from fewbit import names
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import gguf_parts, pickle, safetensors
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
-from fewbit.models import foreign, scales, smollm2
+from fewbit.models import foreign, scales, smollm2, stated
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import towers
 from fewbit.names import EMBEDDED
@@ -29,8 +29,6 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR
 # All files that a causal LM in the Hugging Face layout can need, without weights of other frameworks.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", safetensors.CARD, "USE_POLICY*", scales.FILE]
-
-_LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")  # configs inside of a config
 
 
 @dataclass(frozen=True)
@@ -105,21 +103,14 @@ class Source:
     @property
     def rows(self) -> int | None:
         """Rows of the token embedding; None if config.json has no vocab_size."""
-        return self._stated("vocab_size")
+        return self._stated(*stated.ROWS)
 
     def _stated(self, *keys: str) -> int | None:
         """The value of the first of `keys` in the config of the language model inside config.json, or in config.json
         itself. FormatError if it is not an integer above 0."""
         config = self.config
-        inner = _language(config)
-        for stated in (inner, config) if inner else (config,):
-            for key in keys:
-                if (found := stated.get(key)) is None:
-                    continue
-                if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-                    raise FormatError(f"{self.folder / 'config.json'}: {key} is {found!r}, not an integer above 0")
-                return found
-        return self._default(keys) if inner else None
+        found = stated.number(config, keys, self.folder)
+        return self._default(keys) if found is None and stated.language(config) else found
 
     def _default(self, keys: tuple[str, ...]) -> int | None:
         """The default of transformers for the first of `keys`: configs of models with towers often leave it out."""
@@ -142,12 +133,6 @@ class Source:
             return foreign.normalized(found)
         except FormatError as error:
             raise FormatError(f"{self.folder}: {error.message}", error.hint) from None
-
-
-def _language(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model inside a config of a model with towers; empty if there is none."""
-    found = next((inner for key in _LANGUAGE if isinstance(inner := config.get(key), dict)), {})
-    return (_language(found) or found) if found else {}
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
@@ -307,7 +292,7 @@ def _weights_name(config: dict[str, Any]) -> str | None:
 
 def _folder(name: str, path: Path | None, safetensors_only: bool) -> Path:
     if path is None:
-        return Path(__file__).parent.parent / "data" / EMBEDDED if name == EMBEDDED else smollm2.folder()
+        return stated.TINY if name == EMBEDDED else smollm2.folder()
     if path.is_dir():
         return path
     if path.exists():

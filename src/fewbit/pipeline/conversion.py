@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from fewbit import registry
 from fewbit.errors import PlanError
 from fewbit.formats.base import Format, Stored, large
 from fewbit.formats.containers.safetensors import Checkpoint
@@ -31,38 +30,14 @@ from fewbit.pipeline import converted
 from fewbit.pipeline.job import homeless, left_behind
 from fewbit.pipeline.settled import Settled, model_of
 from fewbit.plans.plan import Assignment, Plan, Resolved
+from fewbit.plans.targets import Target, targets
 from fewbit.schemes import exact
 from fewbit.schemes.base import Codec, Scheme, parse
 from fewbit.schemes.exact import Form
 
-DENSE = "dense"
 _DECODE = "`to=dense` decodes all weights."
 _REQUANTIZE = "`requantize=True` with a `plan` quantizes them anew, which changes their values."
 _SHOWN = 4  # reasons in an error
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a model is converted to: a format, and the variant of its layout; "": the one that the format prefers."""
-
-    format: Format
-    variant: str = ""
-
-    @property
-    def keys(self) -> Mapping[str, Any]:
-        """The keys of the quantization config that choose the variant."""
-        return self.format.variants[self.variant] if self.variant else {}
-
-
-def targets() -> dict[str, Target]:
-    """Name -> target: `dense`, each format that fewbit writes, and its variants, such as `gptq-v1`."""
-    found = {DENSE: Target(Dense())}
-    for name, entry in registry.entries("formats").items():
-        if entry.read_only and entry.why_not_moved is Format.why_not_moved:
-            continue
-        found[name] = Target(entry())
-        found |= {f"{name}-{variant}": Target(entry(), variant) for variant in entry.variants}
-    return found
 
 
 @dataclass(frozen=True)

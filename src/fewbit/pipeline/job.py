@@ -24,6 +24,7 @@ from fewbit.models.gguf.header import Header
 from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source
+from fewbit.models.stated import check_rows
 from fewbit.pipeline import importances, run, sizes
 from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Importance, Inputs, tokens_at_once
@@ -166,11 +167,7 @@ def rehearsed(
 
 def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_code: bool) -> None:
     """PlanError unless `one` has the vocabulary of the `other` model, to which `tokenizer` belongs."""
-    if one.rows is not None and other.rows is not None and one.rows != other.rows:
-        raise PlanError(
-            f"the vocabulary of {one.name} has {one.rows} entries, and that of {other.name} {other.rows}",
-            "Compare models with the same vocabulary.",
-        )
+    check_rows(one.name, one.rows, other.name, other.rows)
     if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise PlanError(
             f"{other.name} and {one.name} have different tokenizers", "Compare models with the same vocabulary."

@@ -69,6 +69,12 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
             raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
+def check_folder(out: str | Path, made: str, instead: str) -> None:
+    """PlanError if a folder would have the name of a GGUF file. made: what makes it. instead: how to make a file."""
+    if Path(out).suffix == ".gguf":
+        raise PlanError(f"{out} would be a GGUF file, and {made}", f"{ANOTHER} {instead}")
+
+
 def named(out: str | Path) -> Path:
     """`out` as a path. PlanError if it is empty, or if it is or contains the current folder."""
     if not str(out).strip():

@@ -66,9 +66,10 @@ def read(path: Path) -> dict[str, Importance]:
     return importances
 
 
-def why_not(path: Path) -> str | None:
-    """None if `path` has a suffix of importance matrices, else a sentence that says why not."""
-    return None if path.suffix in (".gguf", ".dat") else f"{path}: an importance matrix must be a .gguf or .dat file"
+def check(out: str | Path) -> None:
+    """PlanError unless `out` has a suffix of importance matrices."""
+    if Path(out).suffix not in (".gguf", ".dat"):
+        raise PlanError(f"{out}: an importance matrix must be a .gguf or .dat file", "Give another `out`.")
 
 
 def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: int, text: str) -> None:
