@@ -58,6 +58,14 @@ ONES = (
     "llm.int8",
 )
 FEW = [case for case in STORABLE if case.values[1] in ONES]
+# Numbers of rows that no group, word or block divides, where the format takes them.
+RAGGED = [
+    pytest.param(name, spec, rows, id=f"{name}-{spec}-{rows}")
+    for name, format in FORMATS.items()
+    for spec in ONES
+    for rows in (1, 3, 33)
+    if format.why_not((rows, shape_of(spec)[1]), parse(spec)) is None
+]
 storable = pytest.mark.parametrize(("name", "spec"), STORABLE)
 few = pytest.mark.parametrize(("name", "spec"), FEW)
 
@@ -127,6 +135,11 @@ def check_round_trip(format: Format, spec: str, shape: tuple[int, int] | None = 
 @storable
 def test_round_trip(name: str, spec: str) -> None:
     check_round_trip(FORMATS[name], spec)
+
+
+@pytest.mark.parametrize(("name", "spec", "rows"), RAGGED)
+def test_any_number_of_rows_comes_back(name: str, spec: str, rows: int) -> None:
+    check_round_trip(FORMATS[name], spec, (rows, shape_of(spec)[1]))
 
 
 @storable

@@ -156,7 +156,8 @@ def _shapes(shape: Shape, *, blocks: bool) -> dict[str, list[tuple[int, ...]]]:
     n, k = shape
     if blocks:
         return {"b128": [(-(-n // _BLOCK[0]), -(-k // _BLOCK[1]))]}
-    return {"row": [(n, 1), (n,)], "tensor": [(1,), (), (1, 1)]}
+    # The one scale of a single row is that of the tensor: no plan writes scales for rows.
+    return {"tensor": [(1,), (), (1, 1)], "row": [(n, 1), (n,)]}
 
 
 def _scale_of(tensors: Iterable[str], module: str) -> str:
