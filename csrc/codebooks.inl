@@ -225,40 +225,46 @@ struct TQ10 : Super<TQ10> {
 };
 
 #ifdef __AVX512VBMI__
-// The same, with tables of the digits of all bytes: four digits in a byte, and the fifth. A lane takes the same digit of 16
-// bytes. The fifth digits of the first 32 bytes are two lanes, and those of the next 16 bytes another. The last lane has the
-// digits of the last four bytes, whose fields are moved apart.
+// The same, with the last four digits of a byte from a table, as fields of a byte. The first digit is the number of thirds of
+// 256 that a byte reaches: 3/4 of the byte, less 1/2 to 1, has it in its two highest bits. A lane takes the same digit of 16
+// bytes. The first digits of the first 32 bytes are two lanes, and those of the next 16 bytes another. The last lane has the
+// digits of the last four bytes, whose fields are moved up.
 struct Digits {
-  alignas(64) uint8_t four[256], fifth[256], kept[64];
-  alignas(64) int32_t shift[16], at[4][16];  // at: for each vector, lanes of the fours, or of the fifths from 16 on
-  constexpr Digits() : four(), fifth(), kept(), shift(), at() {
-    for (int b = 0; b < 256; b++) {
-      for (int i = 0, power = 1; i < 4; i++, power *= 3) four[b] = uint8_t(four[b] | digit(b * power) << 2 * i);
-      fifth[b] = uint8_t(digit(b * 81));
-    }
+  alignas(64) uint8_t four[256], kept[64];
+  alignas(64) int32_t up[16], at[4][16];  // at: for each vector, lanes of the fours, or of the first digits from 16 on
+  constexpr Digits() : four(), kept(), up(), at() {
+    for (int b = 0; b < 256; b++)
+      for (int i = 0, power = 3; i < 4; i++, power *= 3) four[b] = uint8_t(four[b] | (b * power % 256 * 3 >> 8) << 2 * i);
     for (int lane = 0; lane < 16; lane++) {
-      shift[lane] = lane % 4 * 2;
+      up[lane] = lane > 12 ? 2 * (16 - lane) : 0;
       for (int p = 0; p < 4; p++) at[p][lane] = lane < 12 ? lane / 4 * 4 + p : 16 + lane % 4 * 4 + p;
-      for (int b = 0; b < 4; b++) kept[4 * lane + b] = uint8_t(lane < 12 ? 3 << shift[lane] : 3);
+      for (int b = 0; b < 4; b++) kept[4 * lane + b] = uint8_t(3 << shift(lane));
     }
   }
-  static constexpr int digit(int number) { return number % 256 * 3 >> 8; }
+  static constexpr int shift(int lane) { return lane < 12 ? lane % 4 * 2 : 6; }
 };
 constexpr Digits DIGITS{};
 
-struct TQ10Tables : Super<TQ10Tables> {
-  static constexpr int BYTES = 54, P = 4, STEPS = 1, MOST = 3, ZERO = 1;
-  static constexpr int shift(int lane) { return lane < 12 ? DIGITS.shift[lane] : 0; }
+struct TQ10Tables : Format {
+  static constexpr int C = 256, BYTES = 54, P = 4, STEPS = 1, MOST = 255, ZERO = 1;
+  static constexpr int shift(int lane) { return DIGITS.shift(lane); }
   static constexpr int column(int, int p, int b) {
     const int lane = b / 4, in = 4 * p + b % 4;
-    return lane < 8 ? 32 * (lane % 4) + 16 * (lane / 4) + in : lane < 12 ? 160 + 16 * (lane % 4) + in
-           : lane < 14 ? 128 + 16 * (lane % 2) + in : 224 + 16 * (lane % 2) + in;
+    return lane < 8 ? 32 * (lane % 4 + 1) + 16 * (lane / 4) + in : lane < 12 ? 176 + 16 * (lane % 4) + in
+           : lane < 14 ? 16 * (lane % 2) + in : lane < 15 ? 160 + in : 240 + in;
   }
-  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
-    const U bytes = Vec::load_part(p, 52), four = Vec::table(DIGITS.four, bytes);
-    const U fifth = Vec::last_down(Vec::table(DIGITS.fifth, bytes), Vec::copied<0>(four), DIGITS.shift);
+  struct Row : TQ10::Row {
+    const uint8_t* end;
+    explicit Row(const fewbit_weight& w) : TQ10::Row(w), end(first + w.n * bytes) {}
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
+    const uint8_t* p = r.p + c * BYTES;
+    ahead(p);
+    const U bytes = r.end - p < 64 ? Vec::load_part(p, 52) : Vec::load(p), four = Vec::table(DIGITS.four, bytes);
+    const U first = Vec::mean(bytes, Vec::less(Vec::mean(bytes, Vec::zero()), 2));  // means are rounded up
+    const U last = Vec::last_up(first, Vec::copied<0>(four), DIGITS.up);
     U codes[4];
-    for (int i = 0; i < 4; i++) codes[i] = Vec::both(Vec::lanes(four, fifth, DIGITS.at[i]), Vec::load(DIGITS.kept));
+    for (int i = 0; i < 4; i++) codes[i] = Vec::both(Vec::lanes(four, last, DIGITS.at[i]), Vec::load(DIGITS.kept));
     fn(0, codes, Vec::set1(Vec::half(p + 52)));
   }
 };

@@ -95,8 +95,10 @@ struct Vec {
   }
   // Lanes of a, or of b from number 16 on.
   static U lanes(U a, U b, const int32_t* at) { return _mm512_permutex2var_epi32(a, load((const uint8_t*)at), b); }
-  // The last four lanes are those of `last`, each shifted right by its own number of bits.
-  static U last_down(U u, U last, const int32_t* by) { return _mm512_mask_srlv_epi32(u, 0xf000, last, load((const uint8_t*)by)); }
+  // The last three lanes are those of `last`, each shifted left by its own number of bits.
+  static U last_up(U u, U last, const int32_t* by) { return _mm512_mask_sllv_epi32(u, 0xe000, last, load((const uint8_t*)by)); }
+  static U mean(U a, U b) { return _mm512_avg_epu8(a, b); }
+  static U less(U a, uint8_t b) { return _mm512_subs_epu8(a, _mm512_set1_epi8((char)b)); }  // at least 0
   // Of each 8 bytes, fields that begin at these bits.
   template <int mask> static U fields(U u, const uint8_t* at) {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(load(at), u), _mm512_set1_epi8((char)mask));
