@@ -210,6 +210,16 @@ def test_a_row_in_16_bits_does_not_see_the_next_one(instructions: str, dtype: to
     assert bool(product(x.abs(), weight[1:2].nan_to_num(0, torch.inf)).isinf())
 
 
+@pytest.mark.parametrize("k", [1024, 1037])
+def test_a_weight_that_no_cache_keeps_is_read_whole(instructions: str, k: int) -> None:
+    """One row reads such a weight past the caches, two rows do not."""
+    n = (1 << 24) // k + 1
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    x = torch.randn(2, k, generator=generator).bfloat16()
+    assert torch.equal(product(x[:1], weight), product(x, weight)[:1])
+
+
 @HALVES
 def test_threads_do_not_change_products_in_16_bits(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     weight, x, threads = ordinary(1031, 200).to(dtype), x_of(5, 200), torch.get_num_threads()
