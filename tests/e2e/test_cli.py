@@ -172,12 +172,38 @@ def test_the_cache_names_the_model_of_each_entry(model: Path, text: Path, fewbit
     assert "loss of each weight at each width" in shown
 
 
-def test_a_dry_run_needs_no_tokenizer(model: Path, fewbit: Fewbit, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
+@pytest.fixture
+def bare(model: Path, tmp_path: Path) -> Path:
+    """The model without its tokenizer."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).symlink_to(model / name)
+        shutil.copy(model / name, folder)
+    return folder
+
+
+def test_a_dry_run_needs_no_tokenizer(bare: Path, fewbit: Fewbit) -> None:
     assert fewbit("quantize", bare, "--dry-run").code == 0
+
+
+def test_what_computes_on_no_text_needs_no_tokenizer(model: Path, bare: Path, fewbit: Fewbit, tmp_path: Path) -> None:
+    done = fewbit("quantize", bare, "-o", tmp_path / "out", "--plan", "rtn-4bit")
+    assert done.code == 0, done.err
+    assert f"note: {bare} has no tokenizer, and so the output has none" in done.out
+    assert "checked by a forward pass only, as there is no tokenizer" in done.out
+    assert fewbit("quantize", model, "-o", tmp_path / "whole", "--plan", "rtn-4bit").code == 0
+    one, other = (models.tensors_of(tmp_path / name) for name in ("out", "whole"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    assert fewbit("convert", tmp_path / "out", "-o", tmp_path / "dense", "--to", "dense").code == 0
+    for flags in (
+        ("--plan", "gptq-4bit"),
+        ("--plan", "rtn-4bit", "--bits", 4.5),
+        ("--plan", "rtn-4bit", "--effort", "high"),
+    ):
+        refused = fewbit("quantize", bare, "-o", tmp_path / "refused", *flags)
+        assert (refused.code, "has no usable tokenizer" in refused.err) == (3, True), flags
+    assert fewbit("quantize", bare, "-o", tmp_path / "refused.gguf", "--plan", "q8_0").code == 3
 
 
 def test_flags_reach_the_method(model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ def _scheme(assignment: Assignment) -> str:
 
 def _header(made: Conversion, source: Source, trust_remote_code: bool) -> gguf_header.Header | None:
     """The header of the GGUF file, None for a folder. PlanError if GGUF cannot express the config or tokenizer."""
+    if source.without_tokenizer and not made.settled.resolved.format.suffix:
+        return None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if not made.settled.resolved.format.suffix:
         return None

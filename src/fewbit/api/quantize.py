@@ -54,6 +54,7 @@ from fewbit.plans.plan import Plan, is_file
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Measured, Quantized
+from fewbit.stats import Need
 from fewbit.system import ambient, heap, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
 from fewbit.texts import windows as texts_windows
@@ -134,6 +135,12 @@ class Request:
     trust_remote_code: bool = False
     budget: Budget = field(default_factory=Budget)
 
+    def needs_no_text(self, job: Job) -> bool:
+        """Whether nothing is computed on a text, and the output, a folder, is not to have a tokenizer of its own."""
+        computed = self.budget.given or self.effort != arguments.EFFORTS[0] or self.measured is not None
+        calibrated = job.settled.need > Need.NOTHING and job.importance is None
+        return not (computed or calibrated or job.single_file)
+
 
 def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quantized:
     """Quantize `model` into `out`. See `quantize`."""
@@ -153,7 +160,9 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         )
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
-        tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
+        tokenizer = None
+        if not (job.source.without_tokenizer and wanted.needs_no_text(job)):
+            tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         with report_progress.phase("checking the tokenizer", progress) if file else nullcontext():
             header = job.header(tokenizer)
@@ -161,9 +170,12 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         tuning = effort.block_tuning(wanted.effort, calibration.seed)
         if tuning is not None:
             job.settled.skeleton.check_text(calibrates=True)
-        # The check after writing generates from these words: check their token ids now.
-        words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
-        texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
+        if tokenizer is None:
+            why = f"{job.source.name} has no tokenizer, and so the output has none: copy the files of one into it"
+            job = replace(job, notes=[*job.notes, why])
+        else:  # the check after writing generates from these words: check their token ids now
+            words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
+            texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
         sized = _Sized.of(job, wanted.budget, calibration, tokenizer, progress)
         job, calibration = sized.job, sized.calibration
         preview = job.preview()
@@ -440,8 +452,12 @@ def _reopened(
         source = locate(folder)
         describe(source)
         model = load_model(source, Loading(device, trust_remote_code=trust_remote_code))
-        ids = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
-        ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        if (
+            tokenizer is not None
+            and (words := tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]).numel()
+        ):
+            ids = words
         why = f"as {type(model).__name__} {on_text.why_not_whole}"
         if on_text.part is None:
             return None, [f"checked by loading it only, {why}"]
@@ -452,6 +468,8 @@ def _reopened(
                 raise FormatError("the quantized model's logits are not finite")
         if on_text.part:
             return "", [f"checked by a forward pass of {on_text.part} only, {why}"]
+        if tokenizer is None:
+            return "", ["checked by a forward pass only, as there is no tokenizer"]
         if getattr(model.config, "is_encoder_decoder", False):
             return "", ["checked by a forward pass only, as the model has an encoder, and does not continue a text"]
         try:

@@ -30,6 +30,8 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", safetensors.CARD, "USE_POLICY*", scales.FILE]
 
+_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "*.py")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -77,6 +79,11 @@ class Source:
     def beside(self) -> Path:
         """The folder with the tokenizer and other side files. For weights in a pickle, this is not `folder`."""
         return self.origin if self.origin.is_dir() else self.folder
+
+    @property
+    def without_tokenizer(self) -> bool:
+        """Whether the folder has no file of a tokenizer."""
+        return self.gguf is None and not any(any(self.folder.glob(pattern)) for pattern in _TOKENIZERS)
 
     @property
     def options(self) -> dict[str, Any]:
