@@ -545,3 +545,21 @@ def test_any_value_of_a_key_is_read_or_refused(kind: str, tmp_path: Path) -> Non
                     refused += 1
             metadata[key] = before
     assert refused > 40
+
+
+@pytest.mark.parametrize(
+    ("text", "tower", "differs"),
+    [
+        ("glm_ocr", "glm4v", r"blk\.0\.attn_q\.weight has shape \[128, 64\], the model expects \[64, 64\]"),
+        ("glm4v", "glm_ocr", r"the tensor blk\.0\.attn_q\.bias has no place in a GlmOcrForConditionalGeneration"),
+    ],
+)
+def test_a_tower_of_the_same_width_of_another_model(text: str, tower: str, differs: str, tmp_path: Path) -> None:
+    """The projector, the type of the language model and the width are the same: only its tensors tell."""
+    ours = mmproj_files.text_file(mmproj_files.save(tmp_path / text, text), tmp_path / "text.gguf", text)
+    theirs = mmproj_files.tower_file(mmproj_files.save(tmp_path / tower, tower), tmp_path / "mmproj.gguf", tower)
+    with pytest.raises(
+        FormatError, match=rf"text\.gguf: {differs}\. .*because of its tower, .*/mmproj\.gguf"
+    ) as raised:
+        package.load(ours, mmproj=theirs)
+    assert raised.value.hint == "Give the mmproj file that was made of the same model."

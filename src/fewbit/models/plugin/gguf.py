@@ -98,7 +98,15 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             assert isinstance(self.file, GgufFile)
             self.file = Joined(self.file, splits, listed, _NAMES.get(self.dtype, "f32"))
         beside = self.tower.shapes if self.tower is not None else {}
-        self.entries = _matched(self.file, model, self.routes, architecture(config).extra, beside)
+        try:
+            self.entries = _matched(self.file, model, self.routes, architecture(config).extra, beside)
+        except FormatError as error:
+            if self.tower is None:
+                raise
+            raise FormatError(
+                f"{error.message}. The model is a {type(model).__name__} because of its tower, {self.tower.file.path}",
+                "Give the mmproj file that was made of the same model.",
+            ) from None
         for name, entry in self.entries.items():
             if entry.type in PLAIN or self.quantization_config.dequantize:
                 continue
