@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +251,20 @@ def test_a_model_with_nothing_to_fuse_says_so(tmp_path: Path) -> None:
     model = fb.load(quantized(tmp_path, "gpt2"))
     with pytest.warns(UserWarning, match="no two quantized linears"):
         assert fuse(model) == []
+
+
+def test_a_model_that_puts_positions_before_the_text(fewbit: Fewbit, tmp_path: Path) -> None:
+    """CPM-Ant puts a learned prompt before each text. It needs a place in the cache, which only the user can give."""
+    packed = tmp_path / "packed"
+    fb.quantize(architectures.save(tmp_path / "model", "cpmant"), packed, plan="rtn-4bit")
+    few = ("The house is", "--max-new-tokens", 4)
+    refused = fewbit("generate", packed, *few, "--fuse")
+    assert refused.code == 2
+    assert re.search(r"takes \d+ positions in the cache with those that the model puts before it", refused.err)
+    assert "--max-length" in refused.err
+    longer, plain = fewbit("generate", packed, *few, "--max-length", 100), fewbit("generate", packed, *few)
+    assert (longer.code, plain.code) == (0, 0)
+    assert longer.out.splitlines()[0] == plain.out.splitlines()[0]
 
 
 def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) -> None:

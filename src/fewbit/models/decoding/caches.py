@@ -77,8 +77,9 @@ class InPlaceLayer(DynamicLayer):
             if not self.reserve(tokens):
                 room = self.whole[0].shape[-2]
                 raise PlanError(
-                    f"the text is longer than the {room} tokens that the model was fused for",
-                    "Fuse it for more tokens.",
+                    f"the text takes {self.end + tokens} positions in the cache with those that the model puts before "
+                    f"it, and the model was fused for {room}",
+                    "Fuse it for these and all new tokens, with `max_length` or `fuse`.",
                 )
             for whole, new in zip(self.whole, states, strict=True):
                 whole[..., self.end : self.end + tokens, :] = new
