@@ -312,7 +312,8 @@ def test_both_cells_make_the_files_that_it_makes(plan: str, spec: str, cells: Pa
 
 
 @against_theirs
-def test_who_serves_where_both_are_installed_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["bitsandbytes", "bnb"])
+def test_who_serves_where_both_are_installed_is_the_users_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "preferred", set())
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
 
@@ -324,7 +325,7 @@ def test_who_serves_where_both_are_installed_is_the_users_choice(monkeypatch: py
     assert not served()
     prefer("gptq")
     assert not served()
-    prefer("bitsandbytes")
+    prefer(name)
     assert served()
 
 
@@ -340,6 +341,9 @@ def test_a_method_that_does_not_exist_cannot_be_preferred() -> None:
     with pytest.raises(PlanError, match="bitsandbites") as raised:
         prefer("bitsandbites")
     assert "Did you mean bitsandbytes" in raised.value.hint
+    with pytest.raises(PlanError, match="unknown quantization method 'bnp'") as raised:
+        prefer("bnp")
+    assert raised.value.hint == "Did you mean bnb?"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
