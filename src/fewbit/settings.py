@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
+
+from fewbit.registry import near
 
 Check: TypeAlias = Callable[[str, Any], Any]
 
@@ -26,6 +28,12 @@ class Settings:
         super().__init_subclass__()
         rows = [f"{name}: {each.metadata['help']}" for name, each in vars(cls).items() if isinstance(each, Field)]
         cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", *(f"    {row}" for row in rows)])
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        known = [each.name for each in fields(cls)]
+        if (unknown := next((name for name in given if name not in known), None)) is not None:
+            raise TypeError(f"{cls.__name__} has no field {unknown!r}. {near(unknown, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,31 @@ def test_an_unknown_argument_says_where_it_belongs() -> None:
         fewbit.quantize("tiny", "out", pan="nf4")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"quantize\(\): missing a required argument: 'out'"):
         fewbit.quantize("tiny")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("given", ["method", "scheme", "format", "damp"])
+@pytest.mark.parametrize("verb", [fewbit.quantize, fewbit.preview, fewbit.merge])
+def test_an_argument_that_a_plan_says_shows_a_plan(verb: Any, given: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        verb("tiny", "out", **{given: "rtn"})
+    said, plan = str(raised.value).split("plan=")
+    assert said == f"{verb.__name__}() has no argument {given!r}. A plan says it: "
+    shown = arguments.plan("plan", ast.literal_eval(plan))
+    (rule,) = shown.rules
+    assert (rule.method, dict(rule.options)) == ("gptq", {"damp": "0.01"})
+
+
+@pytest.mark.parametrize("group", [Sampling, Calibration, fewbit.Budget, Tuning, fewbit.Optimization])
+def test_a_field_that_there_is_not_names_the_others(group: Any) -> None:
+    with pytest.raises(TypeError) as raised:
+        group(foo=1)
+    assert str(raised.value).startswith(f"{group.__name__} has no field 'foo'. Known: ")
+    for name in inspect.signature(group).parameters:
+        assert name in str(raised.value)
+        with pytest.raises(TypeError, match=f"Did you mean {name}"):
+            group(**{f"{name}_": 1})
+    with pytest.raises(TypeError, match="has no field 'foo'"):
+        replace(group(), foo=1)
 
 
 def test_a_loaded_model_is_no_name() -> None:

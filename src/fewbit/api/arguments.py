@@ -26,6 +26,7 @@ from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number,
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
 from fewbit.errors import ArgumentError, FormatError, PlanError
+from fewbit.methods.base import option_types
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
@@ -45,6 +46,10 @@ R = TypeVar("R")
 Images: TypeAlias = str | os.PathLike[str] | Sequence[Any]
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
+_PLAN = (  # as a flag of the command line would make one
+    "plan={'name': 'mine', 'format': 'gptq', 'rules': "
+    "[{'match': '*', 'scheme': 'int4-g128-sym', 'method': 'gptq', 'options': {'damp': 0.01}}]}"
+)
 EFFORTS = ("fast", "high", "best")  # of `quantize`
 SAMPLES = 16  # default number of windows of a text to measure quality on
 
@@ -91,6 +96,8 @@ def _of_call(verb: str, signature: inspect.Signature, given: Iterable[str]) -> s
     for name, group in groups.items():
         if name in signature.parameters and unknown in {field.name for field in fields(group)}:
             return f"{verb}() has no argument {unknown!r}. Give {name}=fewbit.{group.__name__}({unknown}=...)"
+    if "plan" in signature.parameters and unknown in ("method", "scheme", "format", *option_types()):
+        return f"{verb}() has no argument {unknown!r}. A plan says it: {_PLAN}"
     near = difflib.get_close_matches(unknown, signature.parameters, n=1)
     return f"{verb}() has no argument {unknown!r}." + (f" Did you mean {near[0]}?" if near else "")
 
