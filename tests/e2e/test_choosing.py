@@ -68,6 +68,8 @@ def test_recommend(fewbit: Fewbit) -> None:
         (("recommend", "tiny", "--for", "chat"), "unknown purpose 'chat'\n  Purposes: experiment (quick ", 2),
         (("estimate", "tiny", "--plan", "q4km"), "unknown plan", 2),
         (("estimate", "/nowhere"), "no such folder", 2),
+        (("estimate", "7B", "--plan", "nf4"), "--plan nf4 is given with a size", 2),
+        (("estimate", "7B", "--context", 8), "--context 8 is given with a size", 2),
     ],
 )
 def test_bad_requests(fewbit: Fewbit, arguments: tuple[str, ...], says: str, code: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import fewbit
 from fewbit import FormatError, PlanError
@@ -193,6 +194,23 @@ def test_true_bits_stand_beside() -> None:
     assert advise.estimate_size("tiny") is None
     with pytest.raises(PlanError, match="no number of parameters"):
         advise.estimate_size("0B")
+
+
+def test_a_size_is_no_model() -> None:
+    with pytest.raises(PlanError, match="7B is a size, not a model") as raised:
+        advise.estimate("7B")
+    assert raised.value.hint == "Call fewbit.api.advise.estimate_size('7B'), which takes one."
+
+
+@pytest.mark.parametrize(("name", "said"), [("7X", True), ("7", True), ("1.1GB", True), ("gpt2", False)])
+def test_what_looks_like_a_size_is_told_of_sizes(name: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("No connection.")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises(PlanError, match=f"model {name}: no such folder here") as raised:
+        advise.estimate(name)
+    assert ("write it as 7B, 1.1B or 125M" in raised.value.hint) == said
 
 
 def test_cards_are_sorted_and_sourced() -> None:

@@ -263,6 +263,27 @@ def test_a_hub_name_needs_no_owner(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert asked == [name, name]
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("tinny", "Did you mean tiny?"),
+        ("Tiny", "Did you mean tiny?"),
+        ("smollm", "Did you mean smollm2?"),
+        ("org/tinny", "Check the name"),
+        ("gpt2", "Check the name"),
+    ],
+)
+def test_the_name_of_an_own_model_is_suggested(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("No connection.")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    for find in (source.locate, source.outlined):
+        with pytest.raises(PlanError) as raised:
+            find(name)
+        assert raised.value.hint.startswith(hint)
+
+
 @pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "two words", "a/", "~/nowhere", ""])
 def test_what_cannot_be_a_hub_name_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(name: str, *, allow_patterns: list[str]) -> str:

@@ -55,6 +55,11 @@ def parameters(text: str) -> int | None:
     return found
 
 
+def like_a_size(text: str) -> bool:
+    """Whether `text`, which may be no size, begins as one: 7X, 7, 1.1GB."""
+    return re.match(r"\d+(\.\d+)?\s*[A-Za-z]{0,2}$", text) is not None
+
+
 def table(name: str, count: int) -> Precision:
     """The table for a model of `count` parameters."""
     guide = tuple(_row(kind, bits, bits, count) for kind, bits in _NOMINAL)

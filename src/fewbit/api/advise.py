@@ -47,9 +47,19 @@ def estimate(
     model: as in other verbs; also a config.json, or a folder without weights. For a Hub name, only the config is
     downloaded. context: tokens of each of `batch` texts; by default the model's context, at most 4096. cache: dtype of
     the KV cache (bf16, fp8, q8_0 ...; float32: activations are float32 too). samples, length: calibration windows, and
-    tokens in each. PlanError or FormatError if the config does not describe a causal LM.
+    tokens in each. For a size such as 7B, there is `estimate_size`. PlanError or FormatError if the config does not
+    describe a causal LM.
     """
-    source = outlined(model)
+    if precision.parameters(str(model)) is not None and not Path(model).exists():
+        raise PlanError(
+            f"{model} is a size, not a model", f"Call fewbit.api.advise.estimate_size({str(model)!r}), which takes one."
+        )
+    try:
+        source = outlined(model)
+    except PlanError as error:
+        if not precision.like_a_size(str(model)):
+            raise
+        raise PlanError(error.message, f"If it is a size, write it as 7B, 1.1B or 125M. {error.hint}") from None
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
     use = memories.use_of(source.context, context, batch, cache)
     return estimates.estimate(source, wanted, use, samples=samples, length=length, trust_remote_code=trust_remote_code)

@@ -35,6 +35,9 @@ def estimate(
     from fewbit.report import advice
 
     if (sizes := advise.estimate_size(model)) is not None:
+        for name, value in (("plan", plan), ("context", context)):
+            if value is not None:
+                raise PlanError(f"`{name}={value}` is given with a size", "Give a model, or leave it out.")
         printed(asdict(sizes)) if as_json else advice.precision(sizes)
         return
     done = advise.estimate(

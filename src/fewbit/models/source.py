@@ -15,14 +15,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from fewbit import names
+from fewbit import names, registry
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import gguf_parts, pickle, safetensors
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import foreign, scales, smollm2, stated
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import towers
-from fewbit.names import EMBEDDED
+from fewbit.names import DEMO, EMBEDDED
 from fewbit.system.files import read_json
 
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -341,7 +341,10 @@ def _as_plan_error(name: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         unreached = isinstance(error, LocalEntryNotFoundError)
         failed = "Hub could not be reached" if unreached else "download from the Hub failed"
+        near = [] if "/" in name else registry.close(name, (EMBEDDED, DEMO))
         raise PlanError(
             f"model {name}: no such folder here, and the {failed}: {reason.removeprefix('Got: ')}",
-            f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",
+            f"Did you mean {near[0]}?"
+            if near
+            else f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",
         ) from None
