@@ -506,6 +506,17 @@ def test_an_output_that_exists_is_kept(sound: Path, place: Path, fewbit: Fewbit)
     assert [p.name for p in place.iterdir()] == ["precious"]
 
 
+def test_an_empty_folder_is_an_output(sound: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    out, moved = tmp_path / "empty", tmp_path / "moved"
+    out.mkdir()
+    moved.mkdir()
+    assert fewbit("quantize", sound, "-o", out, "--plan", "rtn-4bit").code == 0
+    assert (out / "model.safetensors").is_file()
+    assert fewbit("convert", out, "-o", moved, "--to", "compressed-tensors").code == 0
+    assert (moved / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "moved"]
+
+
 def test_an_output_that_is_replaced_is_replaced_whole(
     sound: Path, sound_gptq: Path, place: Path, fewbit: Fewbit
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,35 @@ def test_an_old_output_comes_back_after_a_kill_in_between(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError), publish.published(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "precious").exists()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, PlanError])
+def test_an_empty_folder_is_filled_or_stays(error: type[BaseException] | None, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o700)
+    publish.check_output(out, overwrite=False)
+    files = [] if error else ["config.json"]
+    with pytest.raises(error) if error else nullcontext(), publish.published(out) as made:
+        (made / "config.json").touch()
+        if error is not None:
+            raise error("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == files
+    assert out.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_came_into_an_empty_folder_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    publish.check_output(out, overwrite=False)
+    with pytest.raises(PlanError, match="created by another program meanwhile"), publish.published(out):
+        (out / "config.json").touch()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_an_empty_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="is a folder, not a file"):
+        publish.check_output(tmp_path, overwrite=False, file=True)
 
 
 @pytest.mark.parametrize("plan", ["rtn-4bit", "q4_0"])

@@ -63,9 +63,9 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
 
 
 def check_free(out: str | Path, *, overwrite: bool) -> None:
-    """PlanError if `out` exists and must not be replaced, or if no file can have its name."""
+    """PlanError if `out` exists and must not be replaced, or if no file can have its name. An empty folder is free."""
     with _as_plan_error(out):
-        if not overwrite and Path(out).exists():
+        if not overwrite and Path(out).exists() and not _is_empty(Path(out)):
             raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
@@ -73,6 +73,11 @@ def check_folder(out: str | Path, made: str, instead: str) -> None:
     """PlanError if a folder would have the name of a GGUF file. made: what makes it. instead: how to make a file."""
     if Path(out).suffix == ".gguf":
         raise PlanError(f"{out} would be a GGUF file, and {made}", f"{ANOTHER} {instead}")
+
+
+def _is_empty(place: Path) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return place.is_dir() and next(place.iterdir(), None) is None
 
 
 def named(out: str | Path) -> Path:
@@ -190,8 +195,8 @@ def published(
 
     With `file`, this yields a path in such a folder, and the file written there becomes `out`. `parts` may then split
     it: the parts take the place of `out` and of earlier parts. The first one, which makes the others known, comes last.
-    If `out` is a symbolic link, its target is replaced. OutputError if something cannot be written; its hint is `kept`,
-    which says what work is not lost.
+    If `out` is a symbolic link, its target is replaced. An empty folder at `out` gets the new content and keeps its
+    permissions. OutputError if something cannot be written; its hint is `kept`, which says what work is not lost.
     """
     with _as_output_error(out, kept):
         real = out.resolve()
@@ -218,7 +223,7 @@ def published(
             before = [path for path in (real, *(parts.beside(real) if parts else ())) if path.exists()]
             for path in before:
                 shown = out if path == real else path
-                if not overwrite:
+                if not overwrite and not _is_empty(path):
                     raise PlanError(
                         f"{shown} was created by another program meanwhile", "Use `overwrite=True` to replace it."
                     )
@@ -229,7 +234,7 @@ def published(
             if file:
                 for path in reversed(made_of):
                     path.replace(real.with_name(path.name))
-            elif real.exists():
+            elif real.exists() and not _is_empty(real):
                 real.rename(old)
                 try:
                     staging.rename(real)
@@ -237,6 +242,8 @@ def published(
                     old.rename(real)
                     raise
             else:
+                if real.exists():  # an empty folder, which the renaming replaces
+                    staging.chmod(stat.S_IMODE(real.stat().st_mode))
                 staging.rename(real)
         finally:
             held.remove()
