@@ -27,7 +27,7 @@ import fewbit as package
 from fewbit.errors import PlanError
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
-from tests import mmproj_files, models
+from tests import architectures, mmproj_files, models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_gguf_adapters import drawn
 from tests.e2e.test_gguf_towers import Files, made
@@ -170,6 +170,23 @@ def test_an_adapter_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
             PlanError, match=r"adapts the fused parameters experts\.gate_up_proj, .* linears of its own"
         ):
             package.load(files.text, adapter=tmp_path / "adapter", **more, **EXACT)
+
+
+def test_an_adapter_of_fused_experts_is_merged_into_the_original(fewbit: Fewbit, tmp_path: Path) -> None:
+    """As the error says. The quantized model is refused before any work."""
+    model, packed = architectures.save(tmp_path / "model", "qwen3_moe"), tmp_path / "packed"
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], r=2)
+    changed(model, tmp_path / "adapter", config)
+    assert fewbit("quantize", model, "-o", packed, "--plan", "rtn-4bit").code == 0
+    refused = fewbit("generate", packed, "a", "--adapter", tmp_path / "adapter")
+    assert refused.code == 2
+    assert "`fewbit merge ORIGINAL adapter -o OUT --plan PLAN`" in refused.err
+    few = ("--plan", "rtn-4bit", "--samples", 1, "--length", 16)
+    refused = fewbit("merge", packed, tmp_path / "adapter", "-o", tmp_path / "out", *few)
+    assert (refused.code, "adapts the fused parameters" in refused.err, "writing" in refused.err) == (2, True, False)
+    assert not (tmp_path / "out").exists()
+    done = fewbit("merge", model, tmp_path / "adapter", "-o", tmp_path / "out", *few)
+    assert done.code == 0, done.err
 
 
 def test_prompt_tuning_beside_a_tower_is_refused(tmp_path: Path) -> None:

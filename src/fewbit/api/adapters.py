@@ -197,10 +197,13 @@ def merge(
     publish.check_output(out, overwrite=overwrite, file=(file := plan is not None and is_file(out, plan)))
     splitting.parts(out, shard, overwrite=overwrite, file=file)  # PlanError if it cannot be split
     check_adapter(adapter)
-    from fewbit.models.adapters.attach import folded, trained_on
+    from fewbit.models.adapters.attach import check_experts, folded, read_config, trained_on
     from fewbit.models.merge import write_merged
 
     source = locate(model)
+    if source.quantization is not None and (place := Path(adapter).expanduser()).is_dir():
+        outline = Outline(source, trust_remote_code=trust_remote_code)
+        check_experts(outline.model, place, read_config(place))  # the output is compared with these two at the end
     origin = locate(base) if base is not None else _recorded_base(source)
     told = trained_on(adapter)
     trained = folded(source) if told is None else told

@@ -67,12 +67,7 @@ def check_fits(model: PreTrainedModel, folder: Path, place: Path, config: Mappin
 
     place: the user's name for it.
     """
-    if fused := _fused(model, config):
-        raise PlanError(
-            f"{place} adapts the fused parameters {', '.join(fused)}, and in this model each expert has linears of "
-            "its own",
-            "Train an adapter of these linears on this model, or use the original model.",
-        )
+    check_experts(model, place, config)
     if differing := _differing(model, folder):
         if _is_of_whole(model, folder):
             raise PlanError(
@@ -84,6 +79,21 @@ def check_fits(model: PreTrainedModel, folder: Path, place: Path, config: Mappin
             f"{place} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
             + "\n  ".join(differing[:8])
             + more
+        )
+
+
+def check_experts(model: PreTrainedModel, place: Path, config: Mapping[str, Any]) -> None:
+    """PlanError if an adapter with this PEFT config adapts fused parameters of experts that `model` has separate.
+
+    place: the user's name for it.
+    """
+    if fused := _fused(model, config):
+        raise PlanError(
+            f"{place} adapts the fused parameters {', '.join(fused)}, and in this model each expert has linears of "
+            "its own",
+            f"Put it into the weights: `fewbit merge ORIGINAL {place.name} -o OUT --plan PLAN`, where ORIGINAL is the "
+            "model before it was quantized. Or train another on this model: `fewbit finetune` adapts the linears of "
+            "all experts.",
         )
 
 
