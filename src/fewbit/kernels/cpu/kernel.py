@@ -139,7 +139,9 @@ class _Native(Kernel):
         plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
         multiply = _linear if plain else torch.ops.fewbit.cpu_linear
         y: Tensor
-        if len(products := _products(codec, shape)) == 1:
+        # Dynamo warns of caches. It calls this only while it makes a graph.
+        found = _products.__wrapped__ if torch.compiler.is_compiling() else _products
+        if len(products := found(codec, shape)) == 1:
             ((layout, n, _, _),) = products
             y = multiply(x, prepared, *layout, n, self.exact)
             return y
@@ -193,7 +195,7 @@ def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, in
     """The products that make up one by such a weight: layout, rows, index of the first part, and end index."""
     found, start = [], 0
     for segment, n in _segments(codec, shape):
-        layout = _layout(segment, (n, shape[1]))
+        layout = _layout.__wrapped__(segment, (n, shape[1]))
         assert not isinstance(layout, str)
         end = start + len(segment.part_specs((n, shape[1])))
         found.append((layout, n, start, end))
