@@ -45,6 +45,9 @@ class Asked(Body):
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
     logit_bias: dict[_Token, _Bias] = Field(default_factory=dict, max_length=1024)
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
@@ -54,6 +57,8 @@ class Asked(Body):
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise Failure(400, "stream_options: only with stream", "invalid_value", "stream_options")
+        if self.new is not None and self.min_tokens > self.new:
+            raise Failure(400, f"min_tokens: more than the {self.new} of max_tokens", "invalid_value", "min_tokens")
         return self
 
     @property
@@ -65,6 +70,11 @@ class Asked(Body):
     def answers(self) -> int:
         """The number of answers."""
         return self.n
+
+    @property
+    def new(self) -> int | None:
+        """Tokens of the answer at most; None is as many as the context has room for."""
+        raise NotImplementedError
 
     @property
     def scored(self) -> bool:
@@ -87,6 +97,9 @@ class Asked(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
         )
 
 
@@ -133,6 +146,10 @@ class Chat(Asked):
     tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=64)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _alternatives(self) -> Self:
@@ -150,6 +167,23 @@ class Chat(Asked):
         if self.offered and self.response_format is not None and self.response_format.schema_ is not None:
             said = "response_format: not with tools that the model may call"
             raise Failure(400, said, "unsupported_parameter", "response_format")
+        return self
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.schema_ is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            said = f"{name}: not with {self.schema_[0]}, as the answer ends where its JSON is complete"
+            raise Failure(400, said, "unsupported_parameter", name)
+        if self.continue_final_message:
+            last, wrong = self.messages[-1], None
+            if self.add_generation_prompt:
+                wrong = "not with add_generation_prompt, which begins a new message"
+            elif last.role != "assistant" or not str(last.turn["content"]).strip() or last.tool_calls:
+                wrong = "the last message must be a text of the assistant"
+            if wrong:
+                said = f"continue_final_message: {wrong}"
+                raise Failure(400, said, "invalid_value", "continue_final_message")
         return self
 
     @property
@@ -193,7 +227,6 @@ class Chat(Asked):
 
     @property
     def new(self) -> int | None:
-        """Tokens of the answer at most; None is as many as the context has room for."""
         return self.max_completion_tokens or self.max_tokens
 
 

@@ -19,6 +19,7 @@ from fewbit.models.decoding.calls import Call, in_template_with_tools
 from fewbit.models.decoding.choosing import Choosing, Likely
 from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.generate import in_template, prompt_ids
+from fewbit.serving import template
 from fewbit.serving.asked import Chat, Completion
 from fewbit.serving.failures import Failure
 from fewbit.serving.grammar import Grammar, Grammars
@@ -100,7 +101,7 @@ class Service:
                 prompts.append(await asyncio.get_running_loop().run_in_executor(self._tokenizing, make))
             except FewbitError as error:
                 raise Failure(400, error.message.replace("`", ""), "invalid_value", param) from error
-            self._check_room(len(prompts[-1].ids), asked.new, param)
+            self._check_room(len(prompts[-1].ids), asked.new or asked.min_tokens or None, param)
         return prompts
 
     def _check_room(self, tokens: int, new: int | None, param: str) -> None:
@@ -139,16 +140,18 @@ class Service:
             raise Failure(400, f"messages or tools: {reason}", "invalid_value", "tools" if asked.tools else "messages")
         self._check_length(text, "messages")
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        return Prompt(self._within(ids["input_ids"].long(), "messages"), opened=opened(text))
+        continued = turns[-1]["content"] if asked.continue_final_message else ""
+        return Prompt(self._within(ids["input_ids"].long(), "messages"), opened=opened(text, continued))
 
     def _in_template(self, asked: Chat, turns: Sequence[dict[str, Any]]) -> str:
+        options = template.options(asked, self.tokenizer)
         if asked.offered:
             try:
-                text = in_template_with_tools(self.tokenizer, turns, asked.offered)
+                text = in_template_with_tools(self.tokenizer, turns, asked.offered, options)
             except PlanError as error:
                 raise Failure(400, f"tools: {error.message}", "unsupported_parameter", "tools") from error
         else:
-            text = in_template(self.tokenizer, turns)
+            text = in_template(self.tokenizer, turns, options=options)
         called = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
         if lost := sorted(name for name in called if name not in text):
             message = f"messages: this model's chat template leaves out the calls of {', '.join(lost)}"
@@ -266,9 +269,9 @@ class Answer:
         if self._thoughts is not None:
             shown = (shown or "") + OPEN + CLOSE
         skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
-        self._written = Written(service.tokenizer, asked.stops, skipped)
+        self._written = Written(service.tokenizer, asked.stops, skipped, asked.min_tokens)
         stops = {token for token, text in service.special.items() if text in asked.stops}
-        self._ends = stops.union(service.engine.ends)
+        self._ends, self._least = stops.union(() if asked.ignore_eos else service.engine.ends), asked.min_tokens
         self._news, self._changed = News((), False), tell
         self._begun, self._closed = time.perf_counter(), False
         self._reported, self._called = 0, False
@@ -309,7 +312,7 @@ class Answer:
             self._service.metrics.generated_tokens += 1
             if self._scored and token in self._ends:
                 written.starts.append(written.length)  # who adds up a prompt's scores counts on one token more
-            ended = token in self._ends
+            ended = token in self._ends and self.tokens > self._least
             text += "" if ended else written.add(token)
             if ended or written.stopped:
                 break

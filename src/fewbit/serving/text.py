@@ -16,8 +16,11 @@ class Written:
     that are not complete, and an end that a stop sequence may begin with.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), skipped: Container[int] | None = None) -> None:
-        """skipped: tokens that are no text. None is all special tokens."""
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), skipped: Container[int] | None = None, least: int = 0
+    ) -> None:
+        """skipped: tokens that are no text. None is all special tokens. least: tokens before a stop sequence ends."""
+        self._least, self._unstopped = least, 0  # characters of the first `least` tokens
         self._tokenizer, self._stops, self._skipped = tokenizer, tuple(stops), skipped
         self._tokens: list[int] = []
         self._begin = self._end = 0  # tokens of the last piece of text, and the first token whose text is incomplete
@@ -61,8 +64,11 @@ class Written:
         return self._checked(final=True)
 
     def _checked(self, *, final: bool) -> str:
+        if len(self.starts) <= self._least:
+            self._unstopped = len(self._text)
         # What was handed out ends before anything that a stop sequence may begin with.
-        found = [place for stop in self._stops if (place := self._text.find(stop, self._told)) >= 0]
+        begins = [(stop, max(self._told, self._unstopped - len(stop) + 1)) for stop in self._stops]
+        found = [place for stop, begin in begins if (place := self._text.find(stop, begin)) >= 0]
         if found:
             self._text, self.stopped = self._text[: min(found)], True
         until = len(self._text)

@@ -19,9 +19,9 @@ def has_marks(tokenizer: Any) -> bool:
     return CLOSE in (template if isinstance(template, str) else str(template)) or CLOSE in tokenizer.get_vocab()
 
 
-def opened(prompt: str) -> bool:
-    """Whether the chat template has begun the thoughts at the prompt's end."""
-    return prompt.rstrip().endswith(OPEN)
+def opened(prompt: str, continued: str = "") -> bool:
+    """Whether the prompt ends inside of thoughts. continued: the message that the answer continues, if any."""
+    return prompt.rstrip().endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
 
 
 class Thoughts:

@@ -122,14 +122,17 @@ _KNOWN = (
 
 
 def in_template_with_tools(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """A conversation and the functions that the model may call, in the chat template: see `in_template`.
 
     tools: as in OpenAI's interface. PlanError if the template has no place for them.
     """
-    text = in_template(tokenizer, messages, tools)
-    if text == in_template(tokenizer, messages):
+    text = in_template(tokenizer, messages, tools, options)
+    if text == in_template(tokenizer, messages, options=options):
         raise PlanError("this model's chat template has no place for tools", "Describe them in a message.")
     return text
 

@@ -22,6 +22,8 @@ class Choosing:
 
     temperature: 0 takes the most likely token. top_k: None or 0 is all. logprobs: number of most likely tokens to
     report at each position; None reports nothing. presence_penalty, frequency_penalty, logit_bias: see `adjusted`.
+    repetition_penalty: as transformers' of prompt and answer, in place of the model's own; None is the model's own.
+    min_tokens: no token that ends an answer comes before so many others. ignore_eos: no token ends the answer.
     """
 
     temperature: float = 0.0
@@ -32,6 +34,9 @@ class Choosing:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from fewbit import units
 from fewbit.errors import FewbitError, KernelError, PlanError
@@ -126,12 +126,16 @@ class Engine:
         operations.replace(owner)
         _warm(owner)
         try:
-            processors = owner._get_logits_processor(text_settings(owner.generation_config), device=owner.device)
+            processors = owner._get_logits_processor(
+                text_settings(owner.generation_config),
+                input_ids_seq_length=1,  # not 0: else it warns that a penalty leaves out the prompt, which it does not
+                device=owner.device,
+            )
             self._manager = owner.init_continuous_batching(
                 GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
             )
             scoring = Scoring(self._manager.model, self._requests)
-            listed, choosing = _Processors(scoring.begin), _Choosing(self._requests, processors)
+            listed, choosing = _Processors(scoring.begin), _Choosing(self._requests, processors, self.ends)
             listed.logits_processor.append(choosing)
             listed.tensors_required, listed.do_processing = 1, True
             self._manager.logit_processor = listed
@@ -185,14 +189,15 @@ class Engine:
             raise KernelError("the engine takes no requests now")
         request = _Request(choosing, tell, grammar, random.Random(choosing.seed), ids=ids)
         request.scores = [Likely(ids[0], None, ())] if scored else None
-        request.plain = grammar is None and replace(choosing, seed=None) == Choosing()
+        request.plain = grammar is None and replace(choosing, seed=None, ignore_eos=False) == Choosing()
         return self._begin(ids, new, request)
 
     def _begin(self, ids: Sequence[int], new: int, request: _Request) -> str:
         name = f"request-{next(self._names)}"
         self._requests[name] = request
+        ends = [] if request.choosing.ignore_eos else self.ends
         accepted = self._manager.add_request(
-            list(ids), name, max_new_tokens=new, streaming=True, eos_token_id=self.ends or -1
+            list(ids), name, max_new_tokens=new, streaming=True, eos_token_id=ends or -1
         )
         if accepted is None:
             self._requests.pop(name, None)
@@ -301,10 +306,13 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
     at the token that was drawn. Each row is computed alone, so that no request depends on its neighbours.
     """
 
-    def __init__(self, requests: dict[str, _Request], processors: Any) -> None:
-        """processors: transformers' logits processors of the model's generation_config, such as penalties."""
+    def __init__(self, requests: dict[str, _Request], processors: Any, ends: list[int]) -> None:
+        """processors: transformers' logits processors of the model's generation_config, such as penalties.
+
+        ends: the tokens that end an answer.
+        """
         self.supported_kwargs, self.ignored_kwargs = {}, ()
-        self._requests, self._processors = requests, processors
+        self._requests, self._processors, self._ends = requests, processors, ends
         self._rows: list[tuple[_Request | None, Any]] = []
         self.hear: Callable[[Tensor], None] = lambda scores: None  # gets the scores of each step
 
@@ -332,10 +340,10 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         chosen = scores.clone()
         finite = scores.amax(-1).isfinite().tolist()  # the maximum of a row with NaN is NaN
         for i, (request, state) in enumerate(self._rows):
-            if self._processors:
+            if processors := self._of_request(request):
                 tokens = [*state.initial_tokens, *state.generated_tokens]
                 seen = torch.tensor([tokens], dtype=torch.int64, device=scores.device)
-                chosen[i] = self._processors(seen, scores[i : i + 1].clone())[0]
+                chosen[i] = processors(seen, scores[i : i + 1].clone())[0]
             if request is None:
                 continue
             if not finite[i]:
@@ -346,6 +354,8 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
                 continue
             try:
                 chosen[i] = adjusted(chosen[i], request.counts, request.choosing)
+                if len(state.generated_tokens) < request.choosing.min_tokens:
+                    chosen[i, self._ends] = -math.inf
                 if limits is not None:
                     chosen[i] = within(chosen[i], scores[i], limits.allowed())
                 if request.choosing.temperature > 0:
@@ -361,6 +371,13 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
             if request.choosing.logprobs is not None:
                 request.likely += likely(scores[i : i + 1], [int(chosen[i].argmax())], request.choosing.logprobs)
         return chosen
+
+    def _of_request(self, request: _Request | None) -> Any:
+        """The logits processors for a request, which may have a repetition penalty of its own."""
+        if request is None or (penalty := request.choosing.repetition_penalty) is None:
+            return self._processors
+        others = [each for each in self._processors if not isinstance(each, RepetitionPenaltyLogitsProcessor)]
+        return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), *others])
 
 
 def _refused(error: Exception) -> PlanError:

@@ -92,14 +92,18 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
 
 
 def in_template(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """A conversation in the chat template, up to where the model's answer begins.
 
-    messages: `role` and `content` of each, the last one not from the model. tools: functions that it may call, as in
-    OpenAI's interface; templates without a place for them leave them out. PlanError if the template fails.
+    messages: `role` and `content` of each. tools: functions that the model may call, as in OpenAI's interface;
+    templates without a place for them leave them out. options: further arguments of `apply_chat_template`. PlanError if
+    the template fails.
     """
-    more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    more = {"add_generation_prompt": True, **(options or {}), **({"tools": list(tools)} if tools else {})}
     # Templates of models with images may take a list of parts only, and leave out a string without an error.
     written, failed = list[str](), None
     for parts in (False, True):
@@ -108,7 +112,7 @@ def in_template(
                 {**each, "content": [{"type": "text", "text": each["content"]}] if parts else each["content"]}
                 for each in messages
             ]
-            written.append(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **more))
+            written.append(tokenizer.apply_chat_template(given, tokenize=False, **more))
         except Exception as error:  # a template is code of the model's author: it can raise anything
             failed = failed or error
         else:

@@ -1,0 +1,58 @@
+"""What a request gives the chat template besides messages and tools. What the template does not read is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+
+from fewbit.serving.asked import Chat
+from fewbit.serving.failures import Failure
+
+_OWN = ("messages", "tools", "add_generation_prompt", "continue_final_message")  # parameters of their own
+
+
+def options(asked: Chat, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of `apply_chat_template`. Failure for one that the model's template does not read."""
+    read = names(str(tokenizer.get_chat_template(tools=asked.offered or None)))
+    given = dict(asked.chat_template_kwargs)
+    for name in given:
+        if name in _OWN:
+            raise _refused("chat_template_kwargs", f"send {name} as a parameter of its own")
+        if name not in read:
+            raise _refused("chat_template_kwargs", f"this model's chat template does not read {name}")
+    if asked.reasoning_effort is not None:
+        given |= _effort(asked.reasoning_effort, given, read)
+    if asked.continue_final_message:
+        return {**given, "continue_final_message": True, "add_generation_prompt": False}
+    return {**given, "add_generation_prompt": asked.add_generation_prompt is not False}
+
+
+def _effort(effort: str, given: dict[str, Any], read: set[str]) -> dict[str, Any]:
+    """As vLLM, effort also switches thinking on or off, unless the request says it."""
+    thinking: dict[str, Any] = {}
+    if "enable_thinking" in read and "enable_thinking" not in given:
+        thinking["enable_thinking"] = effort != "none"
+    if "reasoning_effort" in given:
+        raise _refused("reasoning_effort", "chat_template_kwargs has it, too")
+    if "reasoning_effort" in read:
+        return {"reasoning_effort": effort, **thinking}
+    if "enable_thinking" not in read:
+        raise _refused("reasoning_effort", "this model's chat template does not read it")
+    if effort != "none":
+        raise _refused("reasoning_effort", "this model's chat template knows no levels, only none")
+    return thinking
+
+
+def names(template: str) -> set[str]:
+    """The names in the code of a chat template, without those of attributes. Empty if it is malformed."""
+    try:
+        tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    except TemplateSyntaxError:  # transformers says what is wrong with it
+        return set()
+    return {value for (_, before), (kind, value) in pairwise([("", ""), *tokens]) if kind == "name" and before != "."}
+
+
+def _refused(param: str, why: str) -> Failure:
+    return Failure(400, f"{param}: {why}", "unsupported_parameter", param)
