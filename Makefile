@@ -85,7 +85,7 @@ interop: setup ## the tests against other libraries, which it installs; needs a 
 	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	@$(BIN)/python -m pip download $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
 		-c constraints.txt -d $(PEERS) peft llama-cpp-python
-	$(BIN)/python -m pytest -m interop $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m interop $(ARGS)
 
 fuzz: setup ## five minutes of random changes to GGUF files; nothing but FormatError may come of them
 	@$(INSTALL) -e '.[dev,fuzz]'
