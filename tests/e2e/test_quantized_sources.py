@@ -133,6 +133,15 @@ def test_what_saves_nothing_is_noted(tmp_path: Path) -> None:
     assert not [note for note in done.notes if "saves nothing" in note]
 
 
+def test_embeddings_that_get_smaller_save_something(tmp_path: Path) -> None:
+    """A GGUF file has embeddings in few bits, and most other formats have them in 16."""
+    packed, _ = quantized(models.save(tmp_path / "plain", "llama"), "rtn-4bit")
+    _, done = quantized(packed, "int8")
+    assert [note for note in done.notes if "saves nothing" in note]
+    done = fewbit.quantize(packed, tmp_path / "again.gguf", plan="q4_0", progress=False)
+    assert not [note for note in done.notes if "saves nothing" in note]
+
+
 def test_the_same_source_again_resumes_only_if_unchanged(tmp_path: Path) -> None:
     """The fingerprint of a run covers the packed files."""
     packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")

@@ -90,13 +90,15 @@ class Settled:
         notes = [
             f"the source is already quantized ({packing.said}); errors are measured against its dequantized weights"
         ]
-        bits = (
-            8 * sum(a.scheme.nbytes(a.shape) for a in assignments) / sum(a.shape[0] * a.shape[1] for a in assignments)
-        )
-        if bits >= _SAVES * packing.bits:
+        count = sum(a.shape[0] * a.shape[1] for a in assignments)
+        bits = 8 * sum(a.scheme.nbytes(a.shape) for a in assignments) / count
+        packed = stored.weights(self.skeleton)
+        plain = sum(a.shape[0] * a.shape[1] for a in self.outside if a.module not in packed)
+        before = (packing.bits * (count - plain) + 8 * packing.dtype.itemsize * plain) / count
+        if bits >= _SAVES * before:
             notes.append(
-                f"the plan takes {bits:.4g} bits per weight with scales. The source's files take {packing.bits:.4g}, "
-                "with all that they store for the weights: quantizing it again adds error and saves nothing"
+                f"the plan takes {bits:.4g} bits per weight with scales. The source's files take {before:.4g}, "
+                "with all that they store for these weights: quantizing it again adds error and saves nothing"
             )
         return notes if packing.left_out is None else [*notes, packing.left_out]
 
