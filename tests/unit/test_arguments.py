@@ -210,8 +210,8 @@ def test_a_field_that_there_is_not_names_the_others(group: Any) -> None:
 def test_a_loaded_model_is_no_name() -> None:
     with pytest.raises(PlanError) as raised:
         fewbit.generate(torch.nn.Linear(2, 2), "Once")  # type: ignore[arg-type]
-    expected = "expected a name or a path, not a loaded model, which has its own model.generate"
-    assert str(raised.value) == f"model=<Linear>: {expected}"
+    expected = "expected a name or a path, not a loaded model: save it with save_pretrained and give the folder"
+    assert str(raised.value) == f"model=<Linear>: {expected}, or call its own model.generate"
 
 
 def test_a_file_that_is_no_gguf_file_is_refused(place: Path) -> None:

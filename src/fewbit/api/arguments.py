@@ -112,7 +112,10 @@ def model(name: str, value: Any) -> str | Path:
     """A model's name, or an existing folder or file."""
     if hasattr(value, "named_parameters"):
         raise ArgumentError(
-            name, f"<{type(value).__name__}>", "a name or a path, not a loaded model, which has its own model.generate"
+            name,
+            f"<{type(value).__name__}>",
+            "a name or a path, not a loaded model: save it with save_pretrained and give the folder, "
+            "or call its own model.generate",
         )
     given = path(name, value)
     names.check(given)

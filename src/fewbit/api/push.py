@@ -329,8 +329,9 @@ def _as_error(repo: str) -> Iterator[None]:
             ) from error
         raise OutputError(f"{repo}: the upload failed: {first_line(error)}", _AGAIN) from error
     except Exception as error:  # the connection, and what an upload by hf_xet raises
-        why = f" ({first_line(error.__cause__)})" if error.__cause__ is not None else ""
-        raise OutputError(f"{repo}: the upload failed: {first_line(error)}{why}", _AGAIN) from error
+        said = [first_line(each) for each in (error, error.__cause__) if each is not None]
+        why = f" ({said[1]})" if said[1:] and said[1] not in said[0] else ""
+        raise OutputError(f"{repo}: the upload failed: {said[0]}{why}", _AGAIN) from error
 
 
 _AGAIN = "The same command uploads what is missing."

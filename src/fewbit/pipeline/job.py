@@ -275,9 +275,9 @@ def left_behind(source: Source, *, single_file: bool) -> list[str]:
 def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
     """Notes on calibration settings that the text or the model's context could not satisfy."""
     notes = []
-    requested = wanted.text is not None or wanted.samples != Calibration.samples
-    if used is not None and requested and used["samples"] < wanted.samples:
-        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
+    if used is not None and (count := used["samples"]) < wanted.samples:
+        windows = f"{count} window{'' if count == 1 else 's'} of {used['length']} tokens"
+        notes.append(f"{used['text']} has {windows}, not {wanted.samples}")
     if used is not None and used["length"] < wanted.length:
         notes.append(f"windows of {used['length']} tokens, not {wanted.length}: that is the model's context")
     return notes
