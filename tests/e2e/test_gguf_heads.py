@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -58,6 +59,19 @@ def test_a_new_head_is_initialized(kind: Any, file: Path, tmp_path: Path) -> Non
     with pytest.raises(PlanError, match=r"GGUF has no name for (score|classifier)"):
         model.save_pretrained(tmp_path / "saved")
     model.dequantize().save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("plan", ["rtn-4bit", "w4a16", "q8_0"])
+def test_a_class_with_another_prefix_is_refused(plan: str, tmp_path: Path) -> None:
+    """transformers loads an unquantized folder into this class with a warning and random weights."""
+    out = tmp_path / ("m.gguf" if plan == "q8_0" else "m")
+    package.quantize("tiny", out, plan=plan)
+    with pytest.raises(FormatError) as raised:
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path if plan == "q8_0" else out)
+    assert "LlamaForQuestionAnswering names its base model 'transformer', and the checkpoint names it 'model'" in str(
+        raised.value
+    )
+    assert "AutoModelForTokenClassification" in raised.value.hint
 
 
 def test_a_base_model_needs_all_of_its_tensors(file: Path, tmp_path: Path) -> None:

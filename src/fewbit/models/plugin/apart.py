@@ -19,7 +19,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fewbit.errors import FewbitError, FormatError
 from fewbit.models import conversions, experts
-from fewbit.models.plugin.modules import put
+from fewbit.models.plugin.modules import put, without_place
 from fewbit.nn.layers import slot
 from fewbit.schemes.base import PartSpec
 
@@ -63,7 +63,8 @@ def put_fused(model: PreTrainedModel, fused: Fused, describe: Describe) -> dict[
         path, _, leaf = parameter.rpartition(".")
         module: Any = modules.get(path)
         if not isinstance(module, experts.SeparateExperts) or leaf not in module.shapes:
-            raise FormatError(f"the checkpoint has quantized tensors for {parameter}, which the model does not have")
+            said = f"the checkpoint has quantized tensors for {parameter}, which the model does not have"
+            raise without_place(model, parameter, said)
         pieces, stored = list(experts.split(model, parameter)), describe(parameter, tensors)
         wanted = module.shapes[leaf]
         if pieces[0][2].transposed:

@@ -35,7 +35,7 @@ from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
-from fewbit.models.plugin.modules import put, put_embedding, unpack
+from fewbit.models.plugin.modules import put, put_embedding, unpack, without_place
 from fewbit.models.plugin.patch_gguf_config import gguf_path, named
 from fewbit.models.plugin.serving import requested_kernel, requested_tower
 from fewbit.nn.layers import Packed, QEmbedding, QLinear
@@ -370,7 +370,8 @@ def _matched(
         if name in _HEAD and model.get_output_embeddings() is None:
             continue
         if name not in expected:
-            raise FormatError(f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}")
+            said = f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}"
+            raise without_place(model, name, said)
         shapes = {each: known[each].shape_in_file(expected[each]) for each in (name, *others)}
         whole = known[name].shape_of_all(shapes[name], len(shapes))
         if entry.shape != whole:

@@ -41,12 +41,26 @@ def renamed(model: PreTrainedModel, specs: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def without_place(model: PreTrainedModel, name: str, said: str) -> FormatError:
+    """The error `said`, for a module or tensor `name` of a checkpoint that `model` does not have, with its reason."""
+    theirs, _, rest = name.partition(".")
+    ours, own = model.base_model_prefix, [*dict(model.named_modules()), *dict(model.named_parameters())]
+    if theirs == ours or f"{ours}.{rest}" not in own:
+        return FormatError(said)
+    return FormatError(
+        f"{said}: a {type(model).__name__} names its base model {ours!r}, and the checkpoint names it {theirs!r}. "
+        "transformers would begin with random weights",
+        f"Use a class that names it {theirs!r}, such as AutoModelForCausalLM or AutoModelForTokenClassification.",
+    )
+
+
 def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
     """Replace the linear called `module` by a `QLinear` with placeholders for `tensors`."""
     try:
         linear = model.get_submodule(module)
     except AttributeError:
-        raise FormatError(f"the checkpoint has quantized tensors for {module}, which the model does not have") from None
+        said = f"the checkpoint has quantized tensors for {module}, which the model does not have"
+        raise without_place(model, module, said) from None
     if not isinstance(linear, LINEARS):
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
     (n, k), bias = shape_of(linear), linear.bias
