@@ -257,6 +257,21 @@ def only_gguf(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
+def name_of(model: Any) -> str:
+    """What names a loaded model for `locate`: its name_or_path, or its GGUF file if that folder has several.
+
+    name_or_path stays a folder: transformers reads tokenizers and configs there. Empty if the model has no name.
+    """
+    name = str(getattr(model, "name_or_path", None) or "")
+    file: Path | None = getattr(getattr(model, "hf_quantizer", None), "origin", None)
+    if file is None or not name or Path(name).resolve() != file.parent.resolve():
+        return name
+    try:
+        return name if only_gguf(file.parent) is not None else str(file)
+    except FormatError:
+        return str(file)
+
+
 def _config_of(path: Path) -> dict[str, Any]:
     """The config of a GGUF file, cached, because reading the file's vocabulary takes long."""
     return _read_config_of(path, path.stat().st_mtime_ns)

@@ -21,8 +21,10 @@ from peft import peft_model
 from torch import nn
 
 from fewbit.errors import PlanError
+from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import scales
 from fewbit.models.scales import Scales
+from fewbit.models.source import name_of
 
 _presumed: list[Scales] = []  # stack: the scales to assume for an adapter without a record
 
@@ -78,7 +80,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
             continue
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         _scale(layer, adapter, (trained.columns(names), here.columns(names)), (here.rows(names), trained.rows(names)))
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path
+    config.base_model_name_or_path = name_of(model) or config.base_model_name_or_path
 
 
 def _scale(layer: Any, adapter: str, columns: tuple[Any, Any], rows: tuple[Any, Any]) -> None:
@@ -99,13 +101,13 @@ def _trained_on(model: nn.Module, here: Scales | None, config: Any, folder: Path
         return here
     name, base = config.base_model_name_or_path, _base(config)
     if base is not None and Path(name).is_absolute():
-        return scales.of_folder(base)
+        return _folded(base)
     if here and name and name == here.origin:
         return Scales()
     if _presumed:
         return _presumed[-1]
     if base is not None:
-        return scales.of_folder(base)
+        return _folded(base)
     return here if here is not None and not here else None
 
 
@@ -113,21 +115,28 @@ def _recorded(folder: Path | None) -> Scales | None:
     return None if folder is None else scales.read_record(folder)
 
 
+def _folded(base: Path) -> Scales | None:
+    """The scales in the files of a model."""
+    return scales.of_metadata(GgufFile(base).metadata) if base.is_file() else scales.of_folder(base)
+
+
 def _base(config: Any) -> Path | None:
-    """The folder of the model that the adapter was trained on, if it is on this machine. As in PEFT, a relative name
-    counts from the current folder."""
+    """The folder or GGUF file of the model that the adapter was trained on, if it is on this machine. As in PEFT, a
+    relative name counts from the current folder."""
     if not config.base_model_name_or_path:
         return None
     folder = Path(config.base_model_name_or_path).absolute()
+    if folder.is_file() and is_gguf(folder):
+        return folder
     return folder if (folder / "config.json").is_file() or any(folder.glob("*.gguf")) else None
 
 
 def _named(model: Any, config: Any) -> bool:
     """Whether the adapter's config names this very model."""
-    name, base = getattr(model, "name_or_path", None), _base(config)
+    name, base = name_of(model), _base(config)
     if not name:
         return False
-    return bool(name == config.base_model_name_or_path or (base and Path(name).is_dir() and base.samefile(name)))
+    return bool(name == config.base_model_name_or_path or (base and Path(name).exists() and base.samefile(name)))
 
 
 def _why_not(config: Any) -> str | None:
@@ -160,13 +169,16 @@ def register() -> None:
 
     @wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = save(self, save_directory, *args, **kwargs)
         base = self.get_base_model()
+        for config in self.peft_config.values():
+            if config.base_model_name_or_path == getattr(base, "name_or_path", None):
+                config.base_model_name_or_path = name_of(base) or None
+        result = save(self, save_directory, *args, **kwargs)
         if known := scales.of_model(base):
             for name in kwargs.get("selected_adapters") or list(self.peft_config):
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 if folder.is_dir():
-                    scales.write_record(folder, known, str(getattr(base, "name_or_path", "")))
+                    scales.write_record(folder, known, name_of(base))
         return result
 
     model.load_adapter, model.save_pretrained = load_adapter, save_pretrained

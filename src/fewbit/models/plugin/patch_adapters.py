@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fewbit.models import scales
+from fewbit.models.source import name_of
 
 
 def _fitting(theirs: Any) -> Any:
@@ -37,10 +38,14 @@ def _recording(theirs: Any) -> Any:
 
     @wraps(theirs)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        adapted = getattr(self, "_hf_peft_config_loaded", False)
+        for config in self.peft_config.values() if adapted else ():
+            if config.base_model_name_or_path == self.name_or_path:
+                config.base_model_name_or_path = name_of(self) or None
         result = theirs(self, save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        if getattr(self, "_hf_peft_config_loaded", False) and folder.is_dir() and (known := scales.of_model(self)):
-            scales.write_record(folder, known, str(self.name_or_path))
+        if adapted and folder.is_dir() and (known := scales.of_model(self)):
+            scales.write_record(folder, known, name_of(self))
         return result
 
     save_pretrained.by_fewbit = True  # type: ignore[attr-defined]
