@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers.integrations import peft as integration
 
 import fewbit as package
 from fewbit.api import quantize
@@ -21,7 +20,7 @@ from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.methods.base import Method
 from fewbit.models import experts, scales
 from fewbit.models import merge as merging
-from fewbit.models.adapters import as_gguf, refit
+from fewbit.models.adapters import as_gguf
 from fewbit.models.adapters.attach import attach, quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.gguf.names import routes
@@ -58,46 +57,6 @@ def adapter(packed: Path, text: Path) -> Path:
     assert done.held_out_after is not None
     assert done.held_out_after < 0.9 * done.held_out_before
     return out
-
-
-@pytest.mark.parametrize("saver", ["peft", "transformers"])
-@pytest.mark.parametrize("several", [False, True])
-def test_what_peft_saves_names_the_file(
-    saver: str, several: bool, tmp_path: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If its folder has several; a folder with one names it, and transformers takes the folder too."""
-    monkeypatch.setattr(integration, "check_peft_version", lambda **_: None)  # as in test_peft.py
-    place, out = tmp_path / "files", tmp_path / "adapter"
-    place.mkdir()
-    file = gguf_files.written(models.save(tmp_path / "model", "llama", **SHAPE), place / "a.gguf", "q8_0")
-    if several:
-        gguf_files.written(
-            models.save(tmp_path / "other", "llama", **SHAPE | {"hidden_size": 512}), place / "b.gguf", "q8_0"
-        )
-    loaded, config = package.load(file), LoraConfig(r=2, target_modules=["q_proj"])
-    assert loaded.name_or_path == str(place)
-    with quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Could not find a config file")
-        if saver == "peft":
-            get_peft_model(loaded, config).save_pretrained(str(out))
-        else:
-            loaded.add_adapter(config)
-            loaded.save_pretrained(out)
-    base = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    assert base == str(file if several else place)
-    package.load(base, adapter=out)
-    if several:
-        with pytest.raises(PlanError, match=rf"is an adapter for another model \({file}\)"):
-            package.load(place / "b.gguf", adapter=out)
-        other = package.load(place / "b.gguf")
-        assert refit._named(other, LoraConfig(base_model_name_or_path=str(place / "b.gguf")))
-        assert not refit._named(other, LoraConfig(base_model_name_or_path=base))
-        assert refit._base(LoraConfig(base_model_name_or_path=base)) == file
-        found, known = refit._folded(file), scales.of_model(other)
-        assert found is not None
-        assert known is not None
-        assert found.digest == known.digest
-        assert fewbit("generate", base, "Once", "--adapter", out, "--max-new-tokens", 2).code == 0
 
 
 # --- merged into a file ---
