@@ -433,7 +433,8 @@ def test_adapters_that_cannot_be_converted(model: Path, adapter: Path, tmp_path:
     opt = models.save(tmp_path / "opt", "opt")
     refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", wide))
     refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", opt))
-    refused(2, "converted to a GGUF file only", flags=("--to", "gptq"))
+    refused(2, "would be a GGUF file, but --to gptq makes a folder", flags=("--to", "gptq"))
+    check(fewbit("convert", adapter, "-o", tmp_path / "folder", "--to", "gptq"), 2, "converted to a GGUF file only")
     for flag, value in UNUSED:
         refused(2, flag, "no effect on an adapter", flags=("--to", "gguf", flag, *value))
     refused(2, "is an adapter, and a preview", flags=("--to", "gguf", "--dry-run"))

@@ -104,9 +104,9 @@ def test_what_cannot_be_a_folder(model: Path, file: Path, tmp_path: Path, fewbit
     refused(packed, 2, "is no GGUF file with a LoRA", flags=("--dry-run",))
     refused(packed, 2, "is no GGUF file with a LoRA", flags=("--samples", 2))
     refused(tmp_path / "none.gguf", 2, "none.gguf: no such file")
-    for to in ("gguf", "dense"):
+    for to, name in (("gguf", "out.gguf"), ("dense", "dense")):
         for flags in ((), ("--base", model), ("--dry-run",)):
-            done = fewbit("convert", file, "-o", tmp_path / "out.gguf", "--to", to, *flags)
+            done = fewbit("convert", file, "-o", tmp_path / name, "--to", to, *flags)
             check(done, 2, "a LoRA in a GGUF file is converted with --to peft")
     refused(file, 2, "a preview shows the tensors of a model", flags=("--dry-run",))
     for flag, value in UNUSED:
