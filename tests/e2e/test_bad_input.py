@@ -613,6 +613,10 @@ def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_p
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_an_empty_name_comes_before_its_ending(fewbit: Fewbit) -> None:
+    check(fewbit("convert", "tiny", "-o", "", "--to", "gguf"), 2, "-o ''", "expected a name or a path")
+
+
 @pytest.mark.parametrize(
     "asks",
     [

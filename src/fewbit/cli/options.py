@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from fewbit import checks
 from fewbit.errors import PlanError
 
 
@@ -53,8 +54,10 @@ Windows = Annotated[
 
 
 def check_output(output: str | None, *, dry_run: bool) -> None:
-    """PlanError if a command has nowhere to write."""
-    if output is None and not dry_run:
+    """PlanError if a command has nowhere to write, or if a name is none."""
+    if output is not None:
+        checks.path("out", output)
+    elif not dry_run:
         raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
 
 

@@ -121,6 +121,7 @@ def imatrix(
     as_json: Json = False,
 ) -> None:
     """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
+    check_output(output, dry_run=False)
     importances.check(output)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
