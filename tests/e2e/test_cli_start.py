@@ -91,6 +91,7 @@ LIGHT: list[tuple[int, str]] = [
     (2, "convert tiny -o out.gguf --to awq"),
     (2, "convert tiny -o out --to gguf"),
     (2, "convert tiny -o out --to gtpq"),
+    (2, "convert lora.gguf -o out.gguf --to peft --base tiny"),
     (2, "quantize tiny -o out --max-shard 1GB"),
     (2, "quantize tiny --dry-run --max-shard 1GB"),
     (2, "imatrix tiny -o out.bin"),
@@ -159,6 +160,7 @@ def test_a_gpu_that_is_not_there_is_refused_early(build: str, tmp_path: Path) ->
 def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"text_config": {"vocab_size": 7}}', encoding="utf-8")
+    (tmp_path / "lora.gguf").write_bytes(b"")
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(LIGHT)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )

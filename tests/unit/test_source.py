@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fewbit import FormatError, PlanError
 from fewbit.formats.containers import safetensors
-from fewbit.models import scales, smollm2, source
+from fewbit.models import scales, smollm2, source, stated
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
@@ -91,6 +91,15 @@ def test_sizes_of_a_language_model_inside_are_found(folder: Path) -> None:
         '{"model_type": "gemma3", "text_config": {"vocab_size": 300}}', encoding="utf-8"
     )
     assert (source.locate(folder).stated_context, source.locate(folder).rows) == (131072, 300)
+
+
+def test_vocabularies_of_folders_are_compared(folder: Path) -> None:
+    (folder / "config.json").write_text('{"vocab_size": 49152}', encoding="utf-8")
+    with pytest.raises(PlanError, match="the vocabulary of tiny has 4096 entries, and that of .* 49152"):
+        stated.check_vocabularies("tiny", folder)
+    for unknown in ("smollm2", "org/model", folder / "model.gguf", folder.parent, folder):
+        stated.check_vocabularies(unknown, folder)
+        stated.check_vocabularies(folder, unknown)
 
 
 def test_shards_come_in_the_order_of_their_names(folder: Path) -> None:

@@ -366,6 +366,7 @@ def as_peft(
     base: its model, which a file does not name. PlanError, before any work, if the LoRA is for another model.
     """
     elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
+    arguments.check_as_peft(out)
     publish.check_output(out, overwrite=overwrite, file=False)
     check_adapter(file)
     if base is None:

@@ -222,6 +222,11 @@ def check_merged(out: str | Path) -> None:
     publish.check_folder(out, "without a plan merge makes a folder", "Or give a plan for GGUF, such as `plan=q4_k_m`.")
 
 
+def check_as_peft(out: str | Path) -> None:
+    """PlanError if `out` of a conversion to PEFT's layout cannot be a folder."""
+    publish.check_folder(out, "`to=peft` makes a folder")
+
+
 def check_split(file: bool) -> None:
     """PlanError if the output, which is to be split, is not a file."""
     if not file:

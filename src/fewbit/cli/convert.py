@@ -75,12 +75,15 @@ def convert(
     A model that is not quantized can become a GGUF file in 16 bits.
     """
     check_output(output, dry_run=dry_run)
+    from fewbit.api import arguments
     from fewbit.plans import targets
 
     if (target := to.lower()) != names.PEFT:
         found = targets.find(target)
         if output is not None:
             targets.is_file(output, found, target)
+    elif output is not None:
+        arguments.check_as_peft(output)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
     measured = text_of(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.names import EMBEDDED, path_of
+from fewbit.names import DEMO, EMBEDDED, path_of
 from fewbit.system.files import read_json
 
 ROWS = ("vocab_size",)  # keys of the rows of the token embedding
@@ -49,6 +49,8 @@ def check_rows(one: str | Path, rows: int | None, other: str | Path, others: int
 
 def check_vocabularies(reference: str | Path, model: str | Path) -> None:
     """`check_rows` for two models whose folders have a config.json. Any other fault is found when they are loaded."""
+    if DEMO in (reference, model):  # its folder is made when it is loaded
+        return
     with suppress(OSError, FormatError, AttributeError):
         found = [
             number(read_json(folder / "config.json"), ROWS, folder)

@@ -69,10 +69,10 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
             raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
-def check_folder(out: str | Path, made: str, instead: str) -> None:
+def check_folder(out: str | Path, made: str, instead: str = "") -> None:
     """PlanError if a folder would have the name of a GGUF file. made: what makes it. instead: how to make a file."""
     if Path(out).suffix == ".gguf":
-        raise PlanError(f"{out} would be a GGUF file, and {made}", f"{ANOTHER} {instead}")
+        raise PlanError(f"{out} would be a GGUF file, and {made}", f"{ANOTHER} {instead}".strip())
 
 
 def _is_empty(place: Path) -> bool:
