@@ -157,8 +157,10 @@ def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> N
     config = json.loads((tmp_path / "gptq" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert r"-:^mtp\.fc$" in config["dynamic"]
     assert "-:^proj$" not in config["dynamic"]
-    shown = quantize.preview(model, plan="nf4")
-    assert ("mtp.fc.weight", "copied, not part of the model (float32)", 64) in shown.tensors
+    rules = [{"match": "mtp.*", "scheme": None}, {"match": "*", "scheme": "nf4-b64", "method": "rtn"}]
+    for plan in ("nf4", {"name": "mine", "format": "bnb", "rules": rules}):
+        shown = quantize.preview(model, plan=plan)
+        assert ("mtp.fc.weight", "copied, not part of the model (float32)", 64) in shown.tensors
 
 
 def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,7 @@ REST = Rule("*", "int4-g64")
         ("*.dwn_proj", "matches nothing", "Did you mean '*.down_proj'?"),
         ("*.layers.*.mlp.dwn_proj", "matches nothing", "Did you mean '*.layers.*.mlp.down_proj'?"),
         ("*ffn_gate*", "matches nothing", "The model's linears are model.layers.0-7.self_attn.v_proj, model"),
+        ("layers.*.mlp.*", "matches nothing", "Did you mean '*.layers.*.mlp.*'?"),
         ("model.layers.31.*", "matches nothing", "Did you mean 'model.layers.1.*' or 'model.layers.3.*'?"),
         ("model.layers.0", "names model.layers.0, and no linear inside", "write 'model.layers.0.*'"),
         ("*.layers.[01]", "names model.layers.0-1, and no linear inside", "write '*.layers.[01].*'"),
@@ -437,11 +439,20 @@ def test_a_rule_that_matches_nothing_is_refused(match: str, said: str, instead: 
 def test_a_rule_for_what_stays_as_it_is_is_a_note() -> None:
     """The head, an embedding, a tower and a router are no linears of the blocks. To keep them needs no note."""
     inside = {name: shape for name, shape in WHOLE.items() if name.startswith("model.layers")}
-    modules = ["", *WHOLE, "model.layers.0.mlp.router", "visual", "visual.blocks.0.qkv"]
+    modules = [
+        "",
+        *WHOLE,
+        "model.layers.0.mlp.router",
+        "visual",
+        "visual.blocks",
+        "visual.blocks.0",
+        "visual.blocks.0.qkv",
+    ]
     for match in ("lm_head", "*embed*", "visual.*", "*.router"):
         assert resolve(plan_of(Rule(match, None), REST), inside, modules=modules).notes == ()
         (note,) = resolve(plan_of(Rule(match, "int8-g64"), REST), inside, modules=modules).notes
         assert f"rule 1 of the plan, '{match}', matches no linear in the model's blocks" in note
+        assert "qkv" not in note  # it is inside of `visual.blocks`
 
 
 def test_a_rule_that_an_earlier_one_hides_is_refused() -> None:
@@ -453,6 +464,19 @@ def test_a_rule_that_an_earlier_one_hides_is_refused() -> None:
     every = [Rule("*.mlp.*", "int4-g64"), Rule("*.self_attn.*", "int4-g64"), Rule("*", "int8-g64")]
     inside = {name: shape for name, shape in WHOLE.items() if name.startswith("model.layers")}
     assert len(resolve(plan_of(*every), inside, modules=[*WHOLE]).assignments) == len(inside)
+
+
+def test_a_rule_for_a_tied_head_must_agree() -> None:
+    """A GGUF file has one tensor for a tied head and the embeddings, which the rule for the embeddings decides on."""
+    shapes = {name: shape for name, shape in WHOLE.items() if name != "lm_head"}
+    settle = partial(resolve, shapes=shapes, modules=[*WHOLE], tied={"lm_head": "model.embed_tokens"})
+    for scheme in (None, "int8-g64"):
+        with pytest.raises(PlanError, match=r"no effect: lm_head has the weight of model\.embed_tokens") as refused:
+            settle(plan_of(Rule("lm_head", scheme), REST))
+        assert refused.value.hint == "Write 'model.embed_tokens'."
+    blocks = Rule("model.layers.*", "int4-g64")
+    for rules in ((Rule("lm_head", "int4-g64"), REST), (Rule("lm_head", None), blocks)):
+        assert settle(plan_of(*rules)).notes == ()
 
 
 WHOLE = {"model.embed_tokens": (4096, 256), "lm_head": (4096, 256)} | {

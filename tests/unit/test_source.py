@@ -95,7 +95,7 @@ def test_sizes_of_a_language_model_inside_are_found(folder: Path) -> None:
 
 def test_vocabularies_of_folders_are_compared(folder: Path) -> None:
     (folder / "config.json").write_text('{"vocab_size": 49152}', encoding="utf-8")
-    with pytest.raises(PlanError, match="the vocabulary of tiny has 4096 entries, and that of .* 49152"):
+    with pytest.raises(PlanError, match=r"the vocabulary of tiny has 4096 entries, and that of .* 49152"):
         stated.check_vocabularies("tiny", folder)
     for unknown in ("smollm2", "org/model", folder / "model.gguf", folder.parent, folder):
         stated.check_vocabularies(unknown, folder)

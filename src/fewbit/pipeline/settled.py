@@ -53,7 +53,9 @@ class Settled:
             whole = model_of(skeleton)
             shapes |= skeleton.outside()
         modules = [name for name, _ in skeleton.model.named_modules()]
-        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source, modules))
+        modules += [name.rpartition(".")[0] for name in skeleton.without_place.values()]  # such as MTP blocks
+        tied = {second.rpartition(".")[0]: first.rpartition(".")[0] for second, first in skeleton.tied.items()}
+        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source, modules, tied))
 
     @cached_property
     def stored_as(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fewbit import registry
@@ -319,18 +320,19 @@ def resolve(
     model: mixtures.Model | None = None,
     dtype: torch.dtype | None = None,
     modules: Collection[str] = (),
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> Resolved:
     """Apply `plan` to modules with these shapes [N, K]. PlanError lists every module that it does not fit.
 
-    dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them. modules: names
-    of all modules of the model. PlanError for a rule that names none of them.
+    dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them. modules, tied:
+    as in `rules.unmatched`. PlanError for a rule that names none of them.
 
     `model` is required for formats that store whole models, such as GGUF. Its embeddings and head get the plan's method
     if that needs only weights, else the method `imatrix` with equal weights, which searches scales.
     """
     format = format_of(plan)
     wanted, kept = {}, []
-    notes = unmatched(plan.name, plan.rules, shapes, modules)
+    notes = unmatched(plan.name, plan.rules, shapes, modules, tied)
     mixed, gates, transposed = _mixed(plan, format, shapes, model), list[str](), list[str]()
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)

@@ -4,7 +4,7 @@ note where nothing is lost."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from fewbit import registry
@@ -31,11 +31,15 @@ class Rule:
                 object.__setattr__(self, name, value.lower())
 
 
-def unmatched(plan: str, rules: Sequence[Rule], shapes: Mapping[str, Shape], modules: Collection[str]) -> list[str]:
+def unmatched(
+    plan: str, rules: Sequence[Rule], shapes: Mapping[str, Shape], modules: Collection[str], tied: Mapping[str, str]
+) -> list[str]:
     """Notes on rules with a scheme that name only modules that are no linears of the blocks, such as most routers.
 
-    plan: its name. shapes: of the weights that a rule can match. modules: names of all modules of the model. PlanError
-    lists the rules that match no module, that name a block without its linears, or that an earlier rule hides.
+    plan: its name. shapes: of the weights that a rule can match. modules: names of all modules of the model, and of
+    those that only the checkpoint has. tied: module -> the module whose weight it has. PlanError lists the rules that
+    match no module, that name a block without its linears, or that have no effect, because an earlier rule or one for
+    the tied weight decides.
     """
     notes, wrong, hints = list[str](), list[str](), dict[str, None]()
     first = {
@@ -53,14 +57,19 @@ def unmatched(plan: str, rules: Sequence[Rule], shapes: Mapping[str, Shape], mod
                     f"{said} has no effect: rule {hiding + 1}, {rules[hiding].match!r}, matches the same first"
                 )
                 hints[f"Put rule {number + 1} before rule {hiding + 1}."] = None
+        elif owners := [tied[module] for module in named if tied.get(module) in first]:
+            if any(_differs(rules, number, first[owner]) for owner in owners):
+                wrong.append(f"{said} has no effect: {in_short(named)} has the weight of {in_short(owners)}")
+                hints[f"Write '{owners[0]}'."] = None
         elif any(module.startswith(f"{name}.") for name in named for module in shapes):
             wrong.append(f"{said} names {in_short(named)}, and no linear inside")
             hints[f"To name its linears, write '{rule.match.rstrip('.')}.*'."] = None
         elif named and rule.scheme is not None:
-            notes.append(f"{said} matches no linear in the model's blocks: {in_short(named)} stays in 16 bits")
+            outer = in_short(module for module in named if module.rpartition(".")[0] not in named)
+            notes.append(f"{said} matches no linear in the model's blocks: {outer} stays in 16 bits")
         elif not named:
             wrong.append(f"{said} matches nothing in this model")
-            hints[_near(rule.match, shapes)] = None
+            hints[_near(rule.match, shapes, modules)] = None
     if wrong:
         raise PlanError(f"plan {plan}: " + "\n  ".join(wrong), "\n  ".join(hints))
     return notes
@@ -76,14 +85,26 @@ def _hiding(rules: Sequence[Rule], number: int, winners: Iterable[int]) -> int |
             for n in sorted(winners)
             if not set("?[") & set(rules[n].match)
             and fnmatchcase(rule.match, rules[n].match)
-            and (rules[n].scheme, rules[n].method, rules[n].options) != (rule.scheme, rule.method, rule.options)
+            and _differs(rules, number, n)
         ),
         None,
     )
 
 
-def _near(pattern: str, names: Collection[str]) -> str:
-    """A hint with the patterns nearest to `pattern` that match some of `names`, or with all names."""
+def _differs(rules: Sequence[Rule], one: int, other: int) -> bool:
+    """Whether two rules, by their numbers, do something else with a weight. -1: no rule, which leaves it as it is."""
+    done = [rules[n] if n >= 0 else Rule("*", None) for n in (one, other)]
+    schemes = [rule.scheme for rule in done]
+    return schemes != [None, None] and replace(done[0], match="") != replace(done[1], match="")
+
+
+def _near(pattern: str, names: Collection[str], modules: Iterable[str]) -> str:
+    """A hint with the patterns nearest to `pattern` that match some of `names`, or with all names.
+
+    modules: names of all modules, some of which may end as `pattern` says.
+    """
+    if pattern and any(fnmatchcase(module, f"*.{pattern}") for module in modules):
+        return f"Did you mean '*.{pattern}'?"
     core = pattern.strip("*.")
     parts = core.split(".")
     nearest = registry.close(core, dict.fromkeys(_windows(parts, names))) if core else []
