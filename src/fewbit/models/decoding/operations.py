@@ -91,7 +91,10 @@ class _Finder:
         self.known: dict[tuple[Any, ...], Any] = {}
 
     def forward_of(self, module: nn.Module) -> Forward | None:
-        """The forward that replaces the module's own; None to leave it. Modules with another forward are left."""
+        """The forward that replaces the module's own; None to leave it. Modules with another forward are left.
+
+        It is a method of the module, so a copy of the module gets one of its own.
+        """
         if "forward" in module.__dict__:
             return None
         return self._norm(module) or self._gated(module) or self._rotary(module)
@@ -122,25 +125,24 @@ class _Finder:
             return None
         if len(weight) > operators.WIDEST:
             return None
-        original = module.forward
-        held: Any = module
+        original = type(module).forward
 
         def test() -> int | None:
             x = self._random(weight.device, 3, len(weight))
             kinds = (operators.ROUNDED, operators.SCALED, operators.ONE)
-            return self._same({kind: operators.rms_norm(x, weight, eps, kind) for kind in kinds}, original(x))
+            return self._same({kind: operators.rms_norm(x, weight, eps, kind) for kind in kinds}, original(module, x))
 
         kind = self._once((type(module), weight.shape, weight.dtype, eps), test)
         if kind is None:
             return None
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(held: Any, x: Tensor) -> Tensor:
             trained = torch.is_grad_enabled() and held.weight.requires_grad  # our kernel has no gradient
             served = operators.serves(x) and x.dtype == self.dtype and not trained
-            out: Tensor = operators.rms_norm(x, held.weight, eps, kind) if served else original(x)
+            out: Tensor = operators.rms_norm(x, held.weight, eps, kind) if served else original(held, x)
             return out
 
-        return forward
+        return types.MethodType(forward, module)
 
     def _gated(self, module: nn.Module) -> Forward | None:
         held: Any = module
@@ -153,13 +155,13 @@ class _Finder:
             return None
 
         def of(kind: int) -> Forward:
-            def forward(x: Tensor) -> Tensor:
+            def forward(held: Any, x: Tensor) -> Tensor:
                 a, b = held.gate_proj(x), held.up_proj(x)
                 served = operators.serves(a) and operators.serves(b) and a.shape == b.shape and a.dtype == b.dtype
                 product: Tensor = held.down_proj(operators.gated(a, b, kind) if served else held.act_fn(a) * b)
                 return product
 
-            return forward
+            return types.MethodType(forward, module)
 
         def test() -> int | None:
             a, b = self._random(device.device, 2, 3, 64).unbind()
