@@ -298,7 +298,9 @@ def test_an_output_that_is_in_the_way(
 ) -> None:
     check(fewbit("finetune", model, "--data", "absent.txt", "-o", place), 2, "absent.txt")
     place.mkdir()
+    (place / "notes.txt").touch()
     check(fewbit("finetune", model, "--data", text, "-o", place), 2, str(place), "--overwrite")
+    (place / "notes.txt").unlink()
     check(fewbit("finetune", model, "--data", text, "-o", model, "--overwrite"), 2, str(model), "lost")
     check(fewbit("merge", model, place, "-o", place, "--overwrite"), 3, str(place), "adapter_config.json")
     check(fewbit("merge", quantized, adapter, "-o", adapter, "--overwrite"), 2, str(adapter), "lost")

@@ -447,6 +447,7 @@ def test_places_are_checked_before_any_work(fewbit: Fewbit, model: Path, tmp_pat
     same = fewbit("convert", first, "-o", first, "--to", "awq", "--overwrite")
     assert (same.code, "which would be lost" in same.err) == (2, True)
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
     taken = fewbit("convert", first, "-o", tmp_path / "taken", "--to", "awq")
     assert (taken.code, "exists" in taken.err) == (2, True)
 

@@ -163,6 +163,7 @@ def test_a_rate_that_is_too_high_is_one_error(model: Path, data: Path, tmp_path:
 def test_what_one_process_finds_is_said_once(command: str, model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "taken"
     out.mkdir()
+    (out / "notes.txt").touch()
     more = ["--data", str(data)] if command == "finetune" else []
     refused = torchrun(2, "-m", "fewbit", command, str(model), "-o", str(out), *more, cache=tmp_path / "cache")
     assert refused.stderr.count("error: ") == 1, refused.stderr
