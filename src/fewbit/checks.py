@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
+import importlib.util
 import operator
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
@@ -154,20 +155,24 @@ def gpu(name: str, value: str | None) -> None:
 def _without_gpu() -> bool:
     """Whether PyTorch surely sees no GPU: it is built for the CPU, or it is built for CUDA and there is no driver.
 
-    This must not import PyTorch, which takes seconds.
+    This must not import PyTorch, which takes seconds: its file version.py says what it is built for.
     """
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
     try:
-        build = importlib.metadata.version("torch").partition("+")[2]
-    except importlib.metadata.PackageNotFoundError:
+        text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
         return False
-    if build == "cpu" or sys.platform == "darwin":
+    built = dict(re.findall(r"^(cuda|hip)\b.*= *(.+)", text, re.MULTILINE))
+    if "cuda" not in built or built.get("hip", "None") != "None":
+        return False
+    if built["cuda"] == "None":
         return True
-    if build.startswith("rocm"):
-        return False
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return True
+        return not Path("/proc/driver/nvidia").exists()  # some systems have the library where only PyTorch looks
     return False
 
 

@@ -132,29 +132,40 @@ for code, line in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("build", ["2.13.0+cpu", "2.13.0"])
-def test_a_gpu_that_is_not_there_is_refused_early(build: str, tmp_path: Path) -> None:
+def builds(cuda: str | None, hip: str | None) -> str:
+    """What torch/version.py says of a build."""
+    return f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = {hip!r}\n"
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_a_gpu_that_is_not_there_is_refused_early(cuda: str | None, tmp_path: Path) -> None:
     """By the build for the CPU, and by that for CUDA where there is no driver."""
-    if build == "2.13.0":
+    if cuda is not None:
         try:
             ctypes.CDLL("libcuda.so.1")
             pytest.skip("this machine has a driver")
         except OSError:
             pass
-    said = (
-        "import importlib.metadata as known\nversion = known.version\n"
-        f"known.version = lambda name: {build!r} if name == 'torch' else version(name)\n"
-    )
     lines = ["generate tiny a --device cuda", "evaluate tiny --device cuda:1", "quantize tiny -o out --device cuda"]
-    done = subprocess.run(
-        [sys.executable, "-c", said + RUN, json.dumps([(2, line) for line in lines])],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-    )
+    done = in_folder_of_torch(builds(cuda, None), tmp_path, RUN, json.dumps([(2, line) for line in lines]))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("--device cuda is not available\n  Available: cpu.") == 2
+
+
+@pytest.mark.parametrize("version", [builds(None, "6.4"), builds("13.0", "6.4"), "made = 'otherwise'"])
+def test_a_gpu_that_may_be_there_is_not_refused(version: str, tmp_path: Path) -> None:
+    """AMD's GPUs are `cuda`, too, and need no driver of NVIDIA. A version of their build need not say rocm."""
+    ask = "import sys\nfrom fewbit import checks\nprint(checks._without_gpu(), 'torch' in sys.modules)"
+    done = in_folder_of_torch(version, tmp_path, ask)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def in_folder_of_torch(version: str, folder: Path, *code: str) -> subprocess.CompletedProcess[str]:
+    """Run code where another torch, with this version.py, is found first."""
+    (folder / "torch").mkdir()
+    (folder / "torch/__init__.py").touch()
+    (folder / "torch/version.py").write_text(version, encoding="utf-8")
+    return subprocess.run([sys.executable, "-c", *code], capture_output=True, text=True, encoding="utf-8", cwd=folder)
 
 
 def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
