@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ def path_of(name: str | Path) -> Path | None:
     """`name` as an absolute path. None for fewbit's own models, even if a folder of that name exists."""
     if isinstance(name, str) and name in (EMBEDDED, DEMO):
         return None
-    return Path(name).expanduser().absolute()
+    return Path(os.path.expanduser(name)).absolute()  # Path.expanduser raises for a user that there is not
 
 
 def is_hub_name(name: str) -> bool:

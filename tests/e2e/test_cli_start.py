@@ -82,6 +82,8 @@ LIGHT: list[tuple[int, str]] = [
     (2, "serve tiny --max-body much"),
     (2, "serve tiny --host 203.0.113.1"),  # an address that no machine has
     (2, "evaluate ./nowhere"),
+    (2, "evaluate ~no-such-user/model"),
+    (2, "evaluate tiny --reference ~no-such-user/model"),
     (2, "evaluate tiny --reference ./nowhere"),
     (2, "evaluate tiny --reference other"),
     (2, "tune other --reference tiny -o out"),
