@@ -58,3 +58,18 @@ def test_what_peft_saves_names_the_file(
         assert known is not None
         assert found.digest == known.digest
         assert fewbit("generate", base, "Once", "--adapter", out, "--max-new-tokens", 2).code == 0
+
+
+def test_each_adapter_names_the_file_beside_other_weights(tmp_path: Path) -> None:
+    """The folder names the weights in safetensors. PEFT fills in the name of an adapter that was added later."""
+    place, out = models.save(tmp_path / "model", "llama", **SHAPE), tmp_path / "adapters"
+    file = gguf_files.written(place, place / "a.gguf", "q8_0")
+    assert package.load(place).name_or_path == package.load(file).name_or_path
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        adapted = get_peft_model(package.load(file), LoraConfig(r=2, target_modules=["q_proj"]))
+        adapted.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+        adapted.save_pretrained(str(out))
+    for folder in (out, out / "second"):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert config["base_model_name_or_path"] == str(file)

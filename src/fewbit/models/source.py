@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -258,7 +258,7 @@ def only_gguf(folder: Path) -> Path | None:
 
 
 def name_of(model: Any) -> str:
-    """What names a loaded model for `locate`: its name_or_path, or its GGUF file if that folder has several.
+    """What names a loaded model for `locate`: its name_or_path, or its GGUF file if that folder has other models, too.
 
     name_or_path stays a folder: transformers reads tokenizers and configs there. Empty if the model has no name.
     """
@@ -266,10 +266,10 @@ def name_of(model: Any) -> str:
     file: Path | None = getattr(getattr(model, "hf_quantizer", None), "origin", None)
     if file is None or not name or Path(name).resolve() != file.parent.resolve():
         return name
-    try:
-        return name if only_gguf(file.parent) is not None else str(file)
-    except FormatError:
-        return str(file)
+    with suppress(FormatError):
+        if not (file.parent / "config.json").exists() and only_gguf(file.parent) is not None:
+            return name
+    return str(file)
 
 
 def _config_of(path: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def register() -> None:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         base = self.get_base_model()
         for config in self.peft_config.values():
-            if config.base_model_name_or_path == getattr(base, "name_or_path", None):
+            if config.base_model_name_or_path in (None, getattr(base, "name_or_path", None)):  # PEFT fills in None
                 config.base_model_name_or_path = name_of(base) or None
         result = save(self, save_directory, *args, **kwargs)
         if known := scales.of_model(base):
