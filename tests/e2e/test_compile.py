@@ -33,6 +33,23 @@ assert torch.equal(compiled, wanted) or (compiled - wanted).norm() <= 1e-2 * wan
 """
 
 
+# As transformers' guide to static caches does it. The blocks that the library computes are known by then.
+GENERATED = """
+import sys, warnings
+import torch
+import fewbit
+from fewbit.models.decoding import compiled_blocks
+warnings.simplefilter("error")
+model = fewbit.load(sys.argv[1])
+ids = torch.tensor([[1, 5, 9, 4]], dtype=torch.int64)
+given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+wanted = model.generate(ids, **given)
+assert compiled_blocks.computed(model)
+model.forward = torch.compile(model.forward, backend="eager")
+assert torch.equal(model.generate(ids, **given), wanted)
+"""
+
+
 @pytest.mark.skipif(isinstance(native.available(), str), reason="the library is missing")
 @pytest.mark.parametrize(
     ("plan", "how"), [("rtn-4bit", "plain"), ("nf4", "plain"), ("q4_k_m", "plain"), ("rtn-4bit", "fused")]
@@ -46,3 +63,18 @@ def test_dynamo_has_nothing_to_warn_of(plan: str, how: str, tmp_path: Path, monk
     )
     assert done.returncode == 0, done.stderr
     assert "lru_cache" not in done.stderr
+
+
+@pytest.mark.skipif(isinstance(native.available(), str), reason="the library is missing")
+def test_dynamo_compiles_a_models_own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes them in eager calls cannot be traced."""
+    monkeypatch.delenv("FEWBIT_ACTIVATIONS", raising=False)  # tests/conftest.py sets it
+    fewbit.quantize("tiny", tmp_path / "out", plan="rtn-4bit")
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATED, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

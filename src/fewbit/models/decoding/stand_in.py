@@ -19,7 +19,8 @@ PLACE = "_compiled_call_impl"
 class StandIn:
     """A function in place of a module's forward. The module's hooks run as before.
 
-    With gradients, hooks of all modules, or a forward that somebody has replaced, a call runs the module's own code.
+    Under torch.compile, with gradients, hooks of all modules, or a forward that somebody has replaced, a call runs the
+    module's own code.
     """
 
     def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
@@ -41,7 +42,9 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if torch.is_grad_enabled() or modules._has_any_global_hook() or "forward" in vars(module):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return module._call_impl(*args, **kwargs)
+        if modules._has_any_global_hook() or "forward" in vars(module):
             return module._call_impl(*args, **kwargs)
         if not (module._forward_hooks or module._forward_pre_hooks):
             return self.forward(*args, **kwargs)
