@@ -104,6 +104,21 @@ def test_what_a_template_does_not_read_is_refused(server: Served, levels: Served
     assert refused(levels, reasoning_effort="low", chat_template_kwargs=both)[0] == "reasoning_effort"
 
 
+@pytest.mark.parametrize("template", [{"rag": TEMPLATE, "tool_use": TEMPLATE}, {"default": "{{ '"}])
+def test_a_template_that_cannot_be_used_is_named(template: dict[str, str], quantized: Path, tmp_path: Path) -> None:
+    folder = with_template(quantized, tmp_path / "tiny-4bit", "")
+    (folder / "chat_template.jinja").unlink()
+    place = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": text} for name, text in template.items()]
+    config = json.loads(place.read_text(encoding="utf-8"))
+    place.write_text(json.dumps(config | {"chat_template": named}), encoding="utf-8")
+    with served(folder, exact=True) as made:
+        for more in ({}, {"reasoning_effort": "low"}, {"chat_template_kwargs": {"enable_thinking": True}}):
+            param, message = refused(made, **more)
+            assert param == "messages"
+            assert message.startswith("the model's chat template ")
+
+
 def test_a_switch_has_no_levels() -> None:
     read = template.names(SWITCH)
     assert template._effort("none", {}, read) == {"enable_thinking": False}
@@ -191,6 +206,25 @@ def test_ends_are_ignored_or_come_late(quantized: Path, client: Any, server: Ser
             late = ask(theirs, new=12, extra_body={"min_tokens": least})
             assert late.usage.completion_tokens >= least
             assert said(late).startswith("".join(tokens[:3]))
+
+
+def test_ends_that_no_token_has_are_left_out(quantized: Path, client: Any, tmp_path: Path) -> None:
+    folder = with_ends(quantized, tmp_path / "tiny-4bit", [-1, 10**6])
+    with served(folder, exact=True) as made, made.client() as theirs:
+        assert said(ask(theirs, extra_body={"min_tokens": 3})) == said(ask(client))
+
+
+def test_tokens_before_min_tokens_have_their_places(server: Served) -> None:
+    """A token that would end the answer, too."""
+    end, name = next((token, text) for token, text in server.service.special.items() if text == "<|im_end|>")
+    body = {"prompt": "Hello there", "max_tokens": 10, "temperature": 0, "echo": True, "logprobs": 0, "min_tokens": 9}
+    places = []
+    for more in ({}, {"stop": name}):
+        given = json.dumps(body | more | {"logit_bias": {str(end): 6}}).encode()
+        scores = raw(server, "/v1/completions", given)[1]["choices"][0]["logprobs"]
+        assert name in scores["tokens"][:-3]
+        places.append(scores["text_offset"])
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize("stream", [False, True])

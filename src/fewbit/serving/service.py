@@ -310,9 +310,9 @@ class Answer:
         for token in news.tokens[self.tokens :]:
             self.tokens += 1
             self._service.metrics.generated_tokens += 1
-            if self._scored and token in self._ends:
-                written.starts.append(written.length)  # who adds up a prompt's scores counts on one token more
             ended = token in self._ends and self.tokens > self._least
+            if self._scored and ended:
+                written.starts.append(written.length)  # who adds up a prompt's scores counts on one token more
             text += "" if ended else written.add(token)
             if ended or written.stopped:
                 break

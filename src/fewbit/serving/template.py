@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from fewbit.errors import PlanError
 from fewbit.serving.asked import Chat
 from fewbit.serving.failures import Failure
 
@@ -15,15 +16,16 @@ _OWN = ("messages", "tools", "add_generation_prompt", "continue_final_message") 
 
 def options(asked: Chat, tokenizer: Any) -> dict[str, Any]:
     """Arguments of `apply_chat_template`. Failure for one that the model's template does not read."""
-    read = names(str(tokenizer.get_chat_template(tools=asked.offered or None)))
     given = dict(asked.chat_template_kwargs)
-    for name in given:
-        if name in _OWN:
-            raise _refused("chat_template_kwargs", f"send {name} as a parameter of its own")
-        if name not in read:
-            raise _refused("chat_template_kwargs", f"this model's chat template does not read {name}")
-    if asked.reasoning_effort is not None:
-        given |= _effort(asked.reasoning_effort, given, read)
+    if given or asked.reasoning_effort is not None:
+        read = _read(tokenizer, asked.offered)
+        for name in given:
+            if name in _OWN:
+                raise _refused("chat_template_kwargs", f"send {name} as a parameter of its own")
+            if name not in read:
+                raise _refused("chat_template_kwargs", f"this model's chat template does not read {name}")
+        if asked.reasoning_effort is not None:
+            given |= _effort(asked.reasoning_effort, given, read)
     if asked.continue_final_message:
         return {**given, "continue_final_message": True, "add_generation_prompt": False}
     return {**given, "add_generation_prompt": asked.add_generation_prompt is not False}
@@ -45,12 +47,17 @@ def _effort(effort: str, given: dict[str, Any], read: set[str]) -> dict[str, Any
     return thinking
 
 
-def names(template: str) -> set[str]:
-    """The names in the code of a chat template, without those of attributes. Empty if it is malformed."""
+def _read(tokenizer: Any, tools: list[dict[str, Any]]) -> set[str]:
+    """The names that the template of a request reads. PlanError if it is malformed, or if there is none by default."""
     try:
-        tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
-    except TemplateSyntaxError:  # transformers says what is wrong with it
-        return set()
+        return names(str(tokenizer.get_chat_template(tools=tools or None)))
+    except (TemplateSyntaxError, ValueError) as error:
+        raise PlanError(f"the model's chat template cannot be read: {error}") from error
+
+
+def names(template: str) -> set[str]:
+    """The names in the code of a chat template, without those of attributes. TemplateSyntaxError if it is malformed."""
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
     return {value for (_, before), (kind, value) in pairwise([("", ""), *tokens]) if kind == "name" and before != "."}
 
 

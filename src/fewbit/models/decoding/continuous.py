@@ -355,7 +355,8 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
             try:
                 chosen[i] = adjusted(chosen[i], request.counts, request.choosing)
                 if len(state.generated_tokens) < request.choosing.min_tokens:
-                    chosen[i, self._ends] = -math.inf
+                    known = [token for token in self._ends if 0 <= token < scores.shape[-1]]
+                    chosen[i, known] = -math.inf
                 if limits is not None:
                     chosen[i] = within(chosen[i], scores[i], limits.allowed())
                 if request.choosing.temperature > 0:
