@@ -33,6 +33,15 @@ assert torch.equal(compiled, wanted) or (compiled - wanted).norm() <= 1e-2 * wan
 """
 
 
+# A model with experts, saved.
+EXPERTS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+sizes = {"vocab_size": 64, "hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32}
+config = Qwen3MoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2)
+AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(sys.argv[1])
+"""
+
 # As transformers' guide to static caches does it. The blocks that the library computes are known by then.
 GENERATED = """
 import sys, warnings
@@ -52,12 +61,17 @@ assert torch.equal(model.generate(ids, **given), wanted)
 
 @pytest.mark.skipif(isinstance(native.available(), str), reason="the library is missing")
 @pytest.mark.parametrize(
-    ("plan", "how"), [("rtn-4bit", "plain"), ("nf4", "plain"), ("q4_k_m", "plain"), ("rtn-4bit", "fused")]
+    ("plan", "how"),
+    [("rtn-4bit", "plain"), ("nf4", "plain"), ("q4_k_m", "plain"), ("rtn-4bit", "fused"), ("nf4", "experts")],
 )
 def test_dynamo_has_nothing_to_warn_of(plan: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEWBIT_ACTIVATIONS", raising=False)  # tests/conftest.py sets it
     out = tmp_path / ("out.gguf" if plan == "q4_k_m" else "out")
-    fewbit.quantize("tiny", out, plan=plan)
+    model = "tiny"
+    if how == "experts":
+        model = str(tmp_path / "model")
+        subprocess.run([sys.executable, "-c", EXPERTS, model], check=True)
+    fewbit.quantize(model, out, plan=plan)
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(out), how], capture_output=True, text=True, encoding="utf-8", check=False
     )

@@ -114,10 +114,11 @@ class _Native(Kernel):
     def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
         """Experts with up to `MANY` rows (or `FEW`) share one call of the library; the others take turns."""
         experts, n, k = shape
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+            return super().grouped(x, codec, prepared, shape, offsets)
         layout = _layout(codec, (n, k))
         assert not isinstance(layout, str)
-        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        if not (plain and (layout[0] in _UNROUNDED or not self.exact)):
+        if self.exact and layout[0] not in _UNROUNDED:
             return super().grouped(x, codec, prepared, shape, offsets)
         groups = runs(offsets)
         if x.dtype not in _read():
