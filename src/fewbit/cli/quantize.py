@@ -21,7 +21,6 @@ from fewbit.cli.options import (
     check_output,
     printed,
 )
-from fewbit.formats.containers import imatrix as importances
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
 from fewbit.texts.calibration import Calibration
@@ -122,6 +121,8 @@ def imatrix(
 ) -> None:
     """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
     check_output(output, dry_run=False)
+    from fewbit.formats.containers import imatrix as importances  # it imports numpy
+
     importances.check(output)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
