@@ -30,11 +30,12 @@ STOPS = [
     (signal.SIGHUP, "files"),
 ]
 # The command line, halted for good after the second block or in the midst of putting the output together.
-# A test run in a shell's background inherits SIGINT ignored; a user's terminal does not.
+# A test run in a shell's background inherits SIGINT ignored, and one under nohup SIGHUP; a user's terminal does not.
 HALTED = """
 import signal, sys
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGUSR1, lambda *_: None)  # ends the pause
 from fewbit.cli import app
 from fewbit.pipeline import run, write_folder
