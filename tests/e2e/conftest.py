@@ -35,6 +35,14 @@ Fewbit = Callable[..., Answer]
 
 
 @pytest.fixture(scope="module")
+def rounded_activations() -> Iterator[None]:
+    """The library computes whole blocks with rounded activations only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEWBIT_ACTIVATIONS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     with chromium(tmp_path_factory.mktemp("profile")) as tab:
         yield tab

@@ -29,7 +29,10 @@ from fewbit.plans.plan import Plan, Rule, find
 from fewbit.system import native
 from tests import architectures, gguf_files, models
 
-pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
+pytestmark = [
+    pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
+    pytest.mark.usefixtures("rounded_activations"),
+]
 
 RECOGNIZED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
 OTHERS = (
@@ -56,14 +59,6 @@ def load_unfused(folder: Path) -> Any:
 def quantized(root: Path, source: Path, scheme: str = "int4-g32") -> Path:
     quantize.quantize(source, root / "out", plan=find("rtn-4bit").changed(scheme=scheme, format="gptq"), device="cpu")
     return root / "out"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rounded_activations() -> Iterator[None]:
-    """The library computes whole blocks with rounded activations only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FEWBIT_ACTIVATIONS", raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,10 @@ from fewbit.plans.plan import find
 from fewbit.system import native
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("rounded_activations")
 HOW = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 COPIED = pytest.mark.parametrize("copied", HOW.values(), ids=HOW)
 IDS = torch.arange(3, 8)[None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rounded_activations() -> Iterator[None]:
-    """The library computes whole blocks with rounded activations only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FEWBIT_ACTIVATIONS", raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")
