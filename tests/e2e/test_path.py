@@ -13,12 +13,10 @@ from fewbit.system import native
 from tests import architectures
 from tests.e2e.conftest import Fewbit
 
-pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
-
-
-@pytest.fixture(autouse=True)
-def rounded_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FEWBIT_ACTIVATIONS", raising=False)
+pytestmark = [
+    pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
+    pytest.mark.usefixtures("rounded_activations"),
+]
 
 
 def quantized(root: Path, kind: str, plan: Plan | None = None) -> Path:

@@ -23,10 +23,13 @@ from fewbit.models.decoding.stand_in import PLACE
 from fewbit.models.decoding.steps import Steps
 from fewbit.system import native
 from tests import architectures, models
-from tests.e2e.test_compiled_blocks import ids_of, llama, quantized, rounded_activations
+from tests.e2e.test_compiled_blocks import ids_of, llama, quantized
 
-__all__ = ["llama", "rounded_activations"]  # fixtures
-pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
+__all__ = ["llama"]  # a fixture
+pytestmark = [
+    pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
+    pytest.mark.usefixtures("rounded_activations"),
+]
 
 TAKEN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite_swa")
 OTHERS = ("gpt2", "qwen3_moe", "bloom")  # learned positions, experts, blocks that are not recognized

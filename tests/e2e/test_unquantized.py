@@ -21,10 +21,13 @@ from fewbit.models.decoding import compiled_blocks, unquantized
 from fewbit.models.decoding.stand_in import PLACE
 from fewbit.system import native
 from tests import models
-from tests.e2e.test_compiled_blocks import apart, ids_of, llama, outputs, rounded_activations
+from tests.e2e.test_compiled_blocks import apart, ids_of, llama, outputs
 
-__all__ = ["llama", "rounded_activations"]  # fixtures
-pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
+__all__ = ["llama"]  # a fixture
+pytestmark = [
+    pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
+    pytest.mark.usefixtures("rounded_activations"),
+]
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 PARTS = (7, 1, 1, 3)
 
