@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
-from fewbit import units
+from fewbit import names, units
 from fewbit.errors import ArgumentError, PlanError
 
 if TYPE_CHECKING:
@@ -102,17 +102,18 @@ def text(name: str, value: Any) -> str:
 
 
 def path(name: str, value: Any) -> str | Path:
-    """A name or a path. A string stays a string; a path-like object becomes a Path."""
+    """A name or a path, with the home folder for ~. A string stays a string; a path-like object becomes a Path."""
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(given, str) or not given or "\0" in given:
         raise invalid(name, value, "a name or a path")
+    given = names.expanded(given)
     return given if isinstance(value, str) else Path(given)
 
 
 def file(name: str, value: Any) -> str | Path:
     """The path of a file. A folder is refused; whether there is such a file is checked later."""
     given = path(name, value)
-    if os.path.isdir(os.path.expanduser(given)):
+    if os.path.isdir(given):
         raise invalid(name, str(given), "a file, and this is a folder")
     return given
 

@@ -15,11 +15,19 @@ PEFT = "peft"  # what `convert` makes of a GGUF file with a LoRA
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's files
 
 
+def expanded(path: str) -> str:
+    """`path` with the home folder for a leading ~ or ~USER. PlanError if there is neither that nor such a file here."""
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(home := Path(found).parts[0]):
+        raise PlanError(f"{path}: there is no home folder {home}", f"Write ./{path} for a name that begins with ~.")
+    return found
+
+
 def path_of(name: str | Path) -> Path | None:
     """`name` as an absolute path. None for fewbit's own models, even if a folder of that name exists."""
     if isinstance(name, str) and name in (EMBEDDED, DEMO):
         return None
-    return Path(os.path.expanduser(name)).absolute()  # Path.expanduser raises for a user that there is not
+    return Path(expanded(os.fspath(name))).absolute()
 
 
 def is_hub_name(name: str) -> bool:

@@ -41,6 +41,28 @@ from fewbit.cli import app
 atexit.register(lambda: print([each["collections"] for each in gc.get_stats()]))
 app.main()
 """
+AWAY = [  # in the home folder of a user that there is not
+    "chat ~no-such-user/a",
+    "compare tiny -o ~no-such-user/a",
+    "compare tiny --plans nf4,~no-such-user/a",
+    "doctor ~no-such-user/a",
+    "evaluate ~no-such-user/a",
+    "evaluate tiny --reference ~no-such-user/a",
+    "evaluate tiny --tasks ~no-such-user/a.yaml",
+    "evaluate tiny --text ~no-such-user/a.txt",
+    "finetune tiny --data ~no-such-user/a.txt -o out",
+    "generate tiny a --adapter ~no-such-user/a",
+    "generate tiny a --image ~no-such-user/a.png",
+    "generate tiny a --mmproj ~no-such-user/a.gguf",
+    "merge tiny ~no-such-user/a -o out",
+    "push ~no-such-user/a org/name",
+    "push tiny org/name --report ~no-such-user/a",
+    "quantize tiny -o ~no-such-user/a",
+    "quantize tiny -o out --calibration ~no-such-user/a.txt",
+    "quantize tiny -o out --imatrix ~no-such-user/a.dat",
+    "quantize tiny -o out --plan ~no-such-user/a.json",
+    "recommend tiny --for edge --report ~no-such-user/a",
+]
 LIGHT: list[tuple[int, str]] = [
     (0, "--version"),
     (0, "--help"),
@@ -82,8 +104,7 @@ LIGHT: list[tuple[int, str]] = [
     (2, "serve tiny --max-body much"),
     (2, "serve tiny --host 203.0.113.1"),  # an address that no machine has
     (2, "evaluate ./nowhere"),
-    (2, "evaluate ~no-such-user/model"),
-    (2, "evaluate tiny --reference ~no-such-user/model"),
+    *((2, line) for line in AWAY),
     (2, "evaluate tiny --reference ./nowhere"),
     (2, "evaluate tiny --reference other"),
     (2, "tune other --reference tiny -o out"),
@@ -178,6 +199,7 @@ def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
         [sys.executable, "-c", RUN, json.dumps(LIGHT)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("there is no home folder ~no-such-user\n  Write ./~no-such-user/a") == len(AWAY)
 
 
 def commands() -> dict[str, Any]:

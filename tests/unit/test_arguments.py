@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from fewbit.api import arguments
 from fewbit.errors import FormatError, PlanError
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.sampling import Sampling
-from fewbit.plans.plan import PRESETS
+from fewbit.models.loading import Loading
+from fewbit.plans.plan import PRESETS, find
 from fewbit.texts.calibration import Calibration
 
 VERBS = tuple(name for name in fewbit.__all__ if name[0].islower() and name != "prefer")
@@ -151,6 +153,22 @@ def test_what_other_libraries_take(check: Callable[[str, Any], Any], value: obje
 def test_no_other_type_of_numbers(value: object) -> None:
     with pytest.raises(PlanError, match=r"^dtype=.*float16"):
         checks.dtype("dtype", value)
+
+
+def test_home_folders_are_completed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every path, also that of an output. A file whose name begins with ~ has it as it is."""
+    monkeypatch.setenv("HOME", str(place))
+    (place / "~old").mkdir()
+    plan = PRESETS["nf4"]
+    (place / "mine.json").write_text(json.dumps(plan.to_json()), encoding="utf-8")
+    for given, wanted in (("~/a", f"{place}/a"), (Path("~/a"), place / "a"), ("~old/a", "~old/a"), ("~old", "~old")):
+        assert checks.path("out", given) == wanted
+    with pytest.raises(PlanError, match=r"~new/a: there is no home folder ~new\nWrite ./~new/a"):
+        checks.path("out", "~new/a")
+    assert find("~/mine.json") == plan
+    assert Loading(adapter="~/a").adapter == f"{place}/a"
+    fewbit.quantize("tiny", "~/out", plan="~/mine.json")
+    assert (place / "out" / "fewbit.json").is_file()
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])

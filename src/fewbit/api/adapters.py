@@ -201,7 +201,7 @@ def merge(
     from fewbit.models.merge import write_merged
 
     source = locate(model)
-    if source.quantization is not None and (place := Path(adapter).expanduser()).is_dir():
+    if source.quantization is not None and (place := Path(adapter)).is_dir():
         outline = Outline(source, trust_remote_code=trust_remote_code)
         check_experts(outline.model, place, read_config(place))  # the output is compared with these two at the end
     origin = locate(base) if base is not None else _recorded_base(source)
@@ -298,13 +298,13 @@ def merge(
 
 def is_adapter(place: str | Path) -> bool:
     """Whether this is the folder of an adapter."""
-    folder = Path(place).expanduser()
+    folder = Path(place)
     return (folder / ADAPTER).is_file() and not (folder / "config.json").exists()
 
 
 def check_kind(place: str | Path, to: str) -> None:
     """PlanError unless `to=peft` is given for a GGUF file with a LoRA, and only for one."""
-    file = Path(place).expanduser().absolute()
+    file = Path(place).absolute()
     found = file.is_file() and is_gguf(file) and GgufFile(file).metadata.get("general.type") == "adapter"
     if to != PEFT:
         if found:
@@ -323,7 +323,7 @@ def as_gguf(
 
     base: the model. Default: the one that the adapter names. PlanError, before any work, if llama.cpp has no such LoRA.
     """
-    elapsed, out, folder = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
+    elapsed, out, folder = timing.timed(), publish.named(out), Path(adapter).absolute()
     if out.suffix != ".gguf":
         raise PlanError(f"{out}: `to=gguf` makes one .gguf file", "Give an `out` that ends in .gguf.")
     publish.check_output(out, overwrite=overwrite, file=True)
@@ -365,7 +365,7 @@ def as_peft(
 
     base: its model, which a file does not name. PlanError, before any work, if the LoRA is for another model.
     """
-    elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
+    elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).absolute()
     arguments.check_as_peft(out)
     publish.check_output(out, overwrite=overwrite, file=False)
     check_adapter(file)

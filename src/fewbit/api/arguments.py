@@ -102,10 +102,9 @@ def _of_call(verb: str, signature: inspect.Signature, given: Iterable[str]) -> s
     return f"{verb}() has no argument {unknown!r}." + (f" Did you mean {near[0]}?" if near else "")
 
 
-def check(name: str, value: Any) -> None:
-    """Raise ArgumentError or PlanError if `value` is invalid for the argument `name`."""
-    if name in _CHECKS:
-        _CHECKS[name](name, value)
+def check(name: str, value: Any) -> Any:
+    """`value` as a verb takes it for the argument `name`. ArgumentError or PlanError if it is invalid."""
+    return _CHECKS[name](name, value) if name in _CHECKS else value
 
 
 def model(name: str, value: Any) -> str | Path:
@@ -139,7 +138,7 @@ def _begins(place: Path) -> bool:
 def mmproj(name: str, value: Any) -> str | Path:
     """A GGUF file here or of the Hub."""
     given = file(name, value)
-    if not os.path.isfile(os.path.expanduser(given)) and names.hub_file(str(given)) is None:
+    if not os.path.isfile(given) and names.hub_file(str(given)) is None:
         raise PlanError(f"`{name}={given}`: there is no such file")
     return given
 

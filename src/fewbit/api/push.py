@@ -116,7 +116,7 @@ def _prepared(model: str | Path, repo: str, report: str | Path | None) -> _Uploa
     _check_name(repo)
     if isinstance(model, str) and model in (EMBEDDED, DEMO):
         raise PlanError(f"{model} is a model of fewbit, not an output", "Give the folder or file to upload.")
-    path = Path(model).expanduser().absolute()
+    path = Path(model).absolute()
     _check_place(path, str(model))
     if (path / ADAPTER).is_file():
         if report is not None:
@@ -231,7 +231,7 @@ def _chart(report: str | Path | None) -> Path | None:
     """The chart of a comparison's report. PlanError if there is none."""
     if report is None:
         return None
-    folder = Path(report).expanduser()
+    folder = Path(report)
     found = next((folder / name for name in _CHARTS if (folder / name).is_file()), None)
     if found is None:
         raise PlanError(f"`report={report}` has no chart", "Give the folder of a report: fewbit compare -o REPORT.")

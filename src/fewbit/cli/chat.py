@@ -18,6 +18,7 @@ from fewbit.cli.stdin import stdin
 from fewbit.errors import FewbitError, PlanError, in_flags
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
+from fewbit.names import expanded
 
 if TYPE_CHECKING:
     from fewbit.models.decoding.chat import Conversation
@@ -155,7 +156,7 @@ def _save(name: str, messages: list[dict[str, str]]) -> None:
 
     if not name:
         raise PlanError("/save without a file", "Give a name: /save chat.json")
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     try:
         if path.exists():
             raise PlanError(f"{path} exists", "Give another name.")

@@ -22,6 +22,7 @@ from fewbit.settings import Settings
 from fewbit.system import publish
 
 C = TypeVar("C", bound=Callable[..., None])
+_ARGUMENTS = {"output": "out", "image": "images"}  # the verbs' names of what commands call otherwise
 _TYPES = {"int": int, "float": float, "bool": bool}  # a flag of another type is text
 
 
@@ -95,7 +96,8 @@ def checked(command: C) -> C:
         }
         for name, value in given.items():
             if value is not None and not isinstance(value, bool):  # typer has read flags
-                arguments.check(name, value)
+                found = arguments.check(_ARGUMENTS.get(name, name), value)
+                given[name] = found if isinstance(found, str) else value  # a path is complete from here on
         if given.get("output") and "overwrite" in given and not given.get("dry_run"):
             publish.check_free(given["output"], overwrite=given["overwrite"])
         for name, (default, flags) in groups.items():

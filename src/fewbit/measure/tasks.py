@@ -114,7 +114,7 @@ def beside(scores: Sequence[Score], reference: Sequence[Score]) -> list[Score]:
 
 def _file(name: str) -> Path | None:
     """The absolute path of the file of a task; None for a name. PlanError if there is no such file."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.suffix not in _FILES:
         return None
     if not path.is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -38,7 +37,7 @@ def read(files: Sequence[Any]) -> list[Any]:
             found.append(file.convert("RGB"))
             continue
         try:
-            with Image.open(Path(file).expanduser()) as image:
+            with Image.open(file) as image:
                 found.append(image.convert("RGB"))
         except FileNotFoundError:
             raise PlanError(f"`images={file}`: there is no such file") from None

@@ -210,7 +210,7 @@ def check_adapter(adapter: str | Path) -> None:
     need_peft()
     from fewbit.models.adapters.attach import check  # PEFT is an extra
 
-    check(Path(adapter).expanduser().absolute())
+    check(Path(adapter).absolute())
 
 
 def import_code(source: Source, *, trust_remote_code: bool = False) -> None:

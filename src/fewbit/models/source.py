@@ -217,7 +217,7 @@ def with_tower(source: Source, mmproj: str | Path | None) -> Source:
             "Leave out `mmproj`: other models have their vision tower, if any, in their own files.",
         )
     else:
-        place = Path(mmproj).expanduser().absolute()
+        place = Path(mmproj).absolute()
         if not place.exists() and (there := names.hub_file(str(mmproj))) is not None:
             place = _download_file(str(mmproj), *there)
     if place is None:

@@ -20,7 +20,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored, storing
 from fewbit.lazy import Tensor, torch
 from fewbit.methods.base import Method, make, name_of
-from fewbit.names import in_short
+from fewbit.names import expanded, in_short
 from fewbit.plans import mixtures
 from fewbit.plans.refused import by_reason, not_stored
 from fewbit.plans.rules import Rule as Rule
@@ -221,6 +221,7 @@ def find(name: str) -> Plan:
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
+    name = expanded(name)
     if name.endswith(".json"):
         try:
             data = read_json(Path(name))
@@ -234,7 +235,7 @@ def find(name: str) -> Plan:
             raise PlanError(f"plan file {error.message}", error.hint) from None
         except PlanError as error:
             raise PlanError(f"plan file {name}: {error.message}", error.hint) from None
-    if Path(name).expanduser().is_dir():
+    if Path(name).is_dir():
         raise PlanError(f"plan {name}: this is a folder", "Give a plan's name (fewbit list) or a .json file.")
     raise registry.unknown("plan", name, PRESETS)
 
@@ -247,7 +248,7 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
     found: dict[str, Plan | Path | None] = {}
     unknown, hints = [], dict[str, None]()
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(expanded(name))
         if name.lower() in (but, *PRESETS) and not path.exists():
             name = name.lower()
         if name not in (but, *PRESETS) and path.suffix != ".json" and path.exists():

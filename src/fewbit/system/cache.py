@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from fewbit.errors import FormatError, OutputError, PlanError
+from fewbit.names import expanded
 from fewbit.system import locks
 from fewbit.system.files import read_json
 
@@ -26,7 +27,7 @@ def cache_folder() -> Path:
     other two is not writable, this warns and returns a folder in the system's temporary directory.
     """
     if own := os.environ.get("FEWBIT_CACHE"):
-        folder = Path(os.path.expanduser(own)).absolute()
+        folder = Path(expanded(own)).absolute()
         if reason := _why_not(folder):
             raise PlanError(f"FEWBIT_CACHE={own} is not writable: {reason}", _SET)
         return folder

@@ -109,7 +109,7 @@ def check_writable(folder: str | Path) -> Path:
 def check_not_lost(out: Path, *needed: str | Path) -> None:
     """PlanError if replacing `out` would delete one of the `needed` paths."""
     for place in needed:
-        if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
+        if Path(place).resolve().is_relative_to(out.resolve()):
             raise PlanError(f"{out} contains {place}, which would be lost", ANOTHER)
 
 

@@ -136,7 +136,7 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         text = _from_file(EMBEDDED / f"tiny-{part}.txt", f"tiny {part}")
     elif source in SOURCES:
         text = Text(f"{source} {part}", _from_hub(source, part))
-    elif os.path.isfile(path := Path(source).expanduser()):  # False, not an error, for a name that is too long
+    elif os.path.isfile(path := Path(source)):  # False, not an error, for a name that is too long
         text = _from_file(path, str(path))
     else:
         shown = str(source) if len(str(source)) <= 80 else f"{str(source)[:77]}..."

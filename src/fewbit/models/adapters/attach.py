@@ -38,7 +38,7 @@ def attach(model: PreTrainedModel, adapter: str | Path, part: Part | None = None
     their own first. PlanError if it does not exist, or if it belongs to another model; the message lists the tensors
     and shapes that differ. FormatError if its files are missing or broken, or if PEFT does not find all its weights.
     """
-    place, config = Path(adapter).expanduser().absolute(), model.config if part is None else part.config
+    place, config = Path(adapter).absolute(), model.config if part is None else part.config
     with (
         as_folder(place, config) if place.is_file() else nullcontext(place) as folder,
         nullcontext(folder) if part is None else named_in(folder, model, part.named) as named,
@@ -126,7 +126,7 @@ def check(adapter: Path) -> None:
 
 def trained_on(adapter: str | Path) -> Scales | None:
     """The scales of the model that an adapter was trained on; None if it does not record them."""
-    place = Path(adapter).expanduser()
+    place = Path(adapter)
     return recorded(opened(place)) if place.is_file() else scales.read_record(place)
 
 

@@ -21,6 +21,7 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.models.gguf import config
 from fewbit.models.gguf.tokenizer import to_tokenizer
+from fewbit.names import expanded
 
 _TOKEN = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 _NEW = re.compile(r"tokenizer\.chat_template(\.\w+)?|tokenizer\.ggml\.add_\w+|general\.\w+")  # a file may lack these
@@ -54,7 +55,7 @@ def _text(value: str) -> str:
     if not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        return Path(expanded(value[1:])).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{value[1:]} cannot be read: {error}") from None
 
