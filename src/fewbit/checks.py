@@ -134,21 +134,23 @@ _SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "flo
 
 
 def device(name: str, value: Any) -> str | None:
-    """A device by its name. Whether the machine has it is checked later."""
-    if value is None or (isinstance(value, str) and value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return f"cuda:{value}"
-    import torch
+    """A device by its name in lower case: cpu for cpu:0, cuda:1 for 1. Whether the machine has it is checked later."""
+    if value is None:
+        return None
+    given = str(value).lower()
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        import torch
 
-    if not isinstance(value, torch.device):
-        raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
-    return str(value)
+        if not isinstance(value, torch.device):
+            raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
+    if given.isdecimal():
+        return f"cuda:{given}"
+    return "cpu" if given == "cpu:0" else given
 
 
 def gpu(name: str, value: str | None) -> None:
     """PlanError for a device other than the CPU on a machine without a GPU. Which GPUs there are is checked later."""
-    if value not in (None, "cpu") and _without_gpu():
+    if value not in (None, "auto", "cpu") and _without_gpu():
         raise PlanError(f"`{name}={value}` is not available", "Available: cpu.")
 
 

@@ -16,6 +16,7 @@ import typer.main
 
 from fewbit import __version__, registry
 from fewbit.api import evaluate, quantize
+from fewbit.api.generate import load
 from fewbit.cli import app
 from fewbit.plans import plan
 from fewbit.schemes.base import parse
@@ -360,6 +361,25 @@ def test_generate_is_greedy_and_may_chat(quantized: Path, fewbit: Fewbit) -> Non
     chat = fewbit("generate", quantized, *flags, "--chat", "--json")
     assert chat.code == 0
     assert chat.json["text"] != told["text"]
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu:0", "CPU"])
+def test_other_names_of_the_cpu(
+    name: str, model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path
+) -> None:
+    """As torch and transformers write it. `auto` is a GPU only if there is one."""
+    if name == "auto" and torch.cuda.is_available():
+        pytest.skip("here it is a GPU")
+    there, text = ("--device", name, "--json"), ("--text", few[1], "--samples", 1, "--length", 16)
+    made = fewbit("quantize", model, "-o", tmp_path / "out", "--plan", "rtn-4bit", *there)
+    generated = [
+        fewbit("generate", made.json["out"], "a", "--max-new-tokens", 2, "--device", each, "--json")
+        for each in ("cpu", name)
+    ]
+    assert generated[1].json["text"] == generated[0].json["text"]
+    assert fewbit("evaluate", made.json["out"], *text, *there).json["perplexity"] > 0
+    assert fewbit("imatrix", model, "-o", tmp_path / "i.gguf", *few, *there).code == 0
+    assert load(made.json["out"], device=name).device == torch.device("cpu")
 
 
 def test_debug_shows_where_an_error_comes_from(fewbit: Fewbit) -> None:

@@ -128,6 +128,12 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
         (checks.device, torch.device("cpu"), "cpu"),
         (checks.device, torch.device("cuda", 1), "cuda:1"),
         (checks.device, 1, "cuda:1"),
+        (checks.device, "1", "cuda:1"),
+        (checks.device, "CUDA:1", "cuda:1"),
+        (checks.device, "CPU", "cpu"),
+        (checks.device, "cpu:0", "cpu"),
+        (checks.device, torch.device("cpu", 0), "cpu"),
+        (checks.device, "Auto", "auto"),
         (checks.dtype, "float16", torch.float16),
         (checks.dtype, "torch.bfloat16", torch.bfloat16),
         (checks.dtype, torch.float32, torch.float32),
@@ -149,12 +155,6 @@ def test_what_other_libraries_take(check: Callable[[str, Any], Any], value: obje
     assert check("it", value) == wanted
 
 
-@pytest.mark.parametrize("value", ["int8", "float8", torch.int8, 16, "torch"])
-def test_no_other_type_of_numbers(value: object) -> None:
-    with pytest.raises(PlanError, match=r"^dtype=.*float16"):
-        checks.dtype("dtype", value)
-
-
 def test_home_folders_are_completed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every path, also that of an output. A file whose name begins with ~ has it as it is."""
     monkeypatch.setenv("HOME", str(place))
@@ -169,6 +169,12 @@ def test_home_folders_are_completed(place: Path, monkeypatch: pytest.MonkeyPatch
     assert Loading(adapter="~/a").adapter == f"{place}/a"
     fewbit.quantize("tiny", "~/out", plan="~/mine.json")
     assert (place / "out" / "fewbit.json").is_file()
+
+
+@pytest.mark.parametrize("value", ["int8", "float8", torch.int8, 16, "torch"])
+def test_no_other_type_of_numbers(value: object) -> None:
+    with pytest.raises(PlanError, match=r"^dtype=.*float16"):
+        checks.dtype("dtype", value)
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])

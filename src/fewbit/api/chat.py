@@ -22,8 +22,7 @@ def conversation(model: str | Path, loading: Loading) -> Conversation:
 
     PlanError if the model has no chat template; the errors of `fewbit.load`.
     """
-    if loading.device != "auto":
-        loading = replace(loading, device=machine.device(loading.device))
+    loading = replace(loading, device=machine.placed(loading.device))
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     length = None if isinstance(loading.fuse, bool) else loading.fuse

@@ -54,8 +54,8 @@ def load(
     has both files needs none. FormatError if it belongs to another model.
     """
     loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code, tensor_parallel=tensor_parallel)
-    if loading.device not in (None, "auto"):
-        machine.device(loading.device)
+    if loading.device is not None:
+        loading = replace(loading, device=machine.placed(loading.device))
     return load_model(with_tower(locate(model), mmproj), loading)
 
 
@@ -95,7 +95,7 @@ def generate(
     together = ranks.joined(device) if tensor_parallel else nullcontext(device)
     with together as device, ranks.peer_errors(computes=True):
         loading = Loading(
-            machine.device(device),
+            machine.placed(device),
             None,
             kernel,
             adapter,

@@ -121,8 +121,7 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     from fewbit.models.decoding.continuous import Engine
     from fewbit.serving.service import Service
 
-    if loading.device != "auto":
-        loading = replace(loading, device=machine.device(loading.device))
+    loading = replace(loading, device=machine.placed(loading.device))
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     loaded = load_model(source, loading, for_text=True)

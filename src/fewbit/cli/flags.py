@@ -62,9 +62,9 @@ class _Flag:
         if str(self.field.type).startswith("tuple"):
             given = tuple(part.strip() for part in given.split(",") if part.strip())
         if given is not None or self.field.default is not None:
-            self.field.metadata["check"](self.name, given)
-        if self.field.metadata["check"] is checks.device:
-            checks.gpu(self.name, given)
+            found = self.field.metadata["check"](self.name, given)
+            if self.field.metadata["check"] is checks.device:
+                checks.gpu(self.name, found)
         return given
 
 

@@ -44,7 +44,7 @@ def _fuse(name: str, value: Any) -> int | bool:
 class Loading(Settings):
     """How a model is loaded. ArgumentError or PlanError for an invalid value."""
 
-    device: Device = setting(None, device, "cpu, cuda, cuda:1 ... Default: a GPU if there is one.")
+    device: Device = setting(None, device, "cpu, cuda, cuda:1 or auto. Default: a GPU if there is one.")
     dtype: DType = setting(None, dtype, "Type of activations and unquantized weights. Default: the checkpoint's.")
     kernel: str | None = setting(
         None, _kernel, "Kernel for all quantized weights (fewbit list). Default: the best for each weight."

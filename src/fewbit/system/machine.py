@@ -87,11 +87,11 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def device(wanted: Device) -> str:
-    """The device to use: the requested one, else a GPU if there is one, else the CPU.
+    """The device to use: the requested one, else (None or "auto") a GPU if there is one, else the CPU.
 
     PlanError if the requested device does not exist.
     """
-    if (wanted := checks.device("device", wanted)) is None:
+    if (wanted := checks.device("device", wanted)) in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if not torch.cuda.is_available():
@@ -99,3 +99,9 @@ def device(wanted: Device) -> str:
     if wanted not in here:
         raise PlanError(f"`device={wanted}` is not available", f"Available: {', '.join(here)}.")
     return wanted
+
+
+def placed(wanted: Device) -> str:
+    """The device to load a whole model on. "auto" stays if there is a GPU: transformers uses all GPUs for the model."""
+    spread = checks.device("device", wanted) == "auto" and torch.cuda.is_available()
+    return "auto" if spread else device(wanted)

@@ -111,6 +111,7 @@ def joined(device: Device) -> Iterator[Device]:
             "this program already uses torch.distributed", "Quantize before init_process_group, or in another program."
         )
     store, number, count = _met(_TIMEOUT)
+    device = None if device == "auto" else device
     gpu = device != "cpu" and torch.cuda.is_available()
     failed = False
     try:
@@ -192,7 +193,7 @@ def connected(device: Device) -> str:
                 "`tensor_parallel` in one process", "Start the program by torchrun --nproc-per-node N, or leave it out."
             )
         gpu = device != "cpu" and torch.cuda.is_available()
-        device = _own(device) if gpu else "cpu"
+        device = _own(None if device == "auto" else device) if gpu else "cpu"
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_TIMEOUT)
             if not gpu:  # NCCL would wait here for the CUDA graphs that have its calls
