@@ -73,9 +73,9 @@ def fp8_channel(w: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": codes, "weight_scale": scale, "input_scale": torch.ones(1)}, values
 
 
-def fp8_blocks(w: Tensor) -> tuple[Parts, Tensor]:
+def fp8_blocks(w: Tensor, block: tuple[int, int] = (40, 40)) -> tuple[Parts, Tensor]:
     """Blocks for which fewbit has no scheme."""
-    codes, scale, values = _fp8(w, (40, 40))
+    codes, scale, values = _fp8(w, block)
     return {"weight": codes, "weight_scale": scale}, values
 
 
@@ -237,6 +237,21 @@ def pack(plain: Path, packed: Path, layout: str, only: str = "proj.weight") -> P
         else:
             stored[name] = tensor
     return written(plain, packed, floats, stored, config)
+
+
+def pack_mixed(plain: Path, packed: Path, layouts: Mapping[str, str]) -> Path:
+    """The same in one file of compressed-tensors. layouts: the leaf of a name, such as "q_proj" -> its layout."""
+    stored, floats, entries = dict[str, Tensor](), models.tensors_of(plain), dict[str, Any]()
+    for leaf, layout in layouts.items():
+        packer, config, _ = LAYOUTS[layout]
+        entries[leaf] = {**config["config_groups"]["group_0"], "targets": [f"re:.*{leaf}$"]}
+        for name in [name for name in floats if name.endswith(f".{leaf}.weight")]:
+            parts, values = packer(floats[name].float())
+            stored |= {f"{name.removesuffix('weight')}{part}": each.contiguous() for part, each in parts.items()}
+            floats[name] = values.to(floats[name].dtype)
+    kept = {name: each for name, each in floats.items() if name.split(".")[-2] not in layouts}
+    config = {"quant_method": "compressed-tensors", "config_groups": entries, "ignore": ["lm_head"]}
+    return written(plain, packed, floats, {**kept, **stored}, config)
 
 
 def pack_gpt_oss(plain: Path, packed: Path) -> Path:

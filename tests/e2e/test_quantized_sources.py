@@ -64,6 +64,25 @@ def test_a_packed_source_gives_the_bytes_of_its_floats(layout: str, tmp_path: Pa
     assert seen.format == LAYOUTS[layout][1]["quant_method"]
 
 
+def test_weights_beside_fp8_without_a_scheme_are_decoded(tmp_path: Path) -> None:
+    """compressed-tensors may have a scheme for each linear. The format reads all that it has a scheme for."""
+    kinds = ("fp8-blocks", "int4-order", "int3-asym", "int8", "nvfp4", "mxfp4", "fp8")
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layouts = {leaf: f"ct-{kind}" for leaf, kind in zip(leaves, kinds, strict=True)}
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack_mixed(plain, tmp_path / "packed", layouts)
+    edit(packed, {"model.layers.0.self_attn.q_proj.input_scale": torch.ones(1)})
+    out, done = quantized(packed)
+    same_tensors(quantized(plain)[0], out)
+    assert record(out)["source"]["kinds"].keys() == {LAYOUTS[layout][2] for layout in layouts.values()}
+    assert "left out: 5 scales of activations or of the KV cache" in done.notes[-1]
+    with pytest.raises(PlanError, match=r"reads .* as floats only"):
+        fewbit.convert(packed, tmp_path / "moved", to="gptq", progress=False)
+    edit(packed, {f"{DOWN}.weight_scale": None})
+    with pytest.raises(FormatError, match=rf"{DOWN}.weight_scale is missing"):
+        fewbit.quantize(packed, tmp_path / "again", plan="nf4", progress=False)
+
+
 @pytest.mark.parametrize("layout", ["fp8-block", "ct-int4"])
 def test_a_packed_source_can_be_calibrated_on(layout: str, tmp_path: Path, text: str) -> None:
     plain = models.save(tmp_path / "plain", "qwen2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,59 +70,60 @@ def test_mxfp4_experts_decode_as_in_transformers() -> None:
     assert torch.equal(packed.decode(parts, slice(1, 2)), wanted[1:2].float())
 
 
-@pytest.mark.parametrize(
-    "layout", [name for name, (_, config, _) in LAYOUTS.items() if config["quant_method"] in READERS]
-)
+@pytest.mark.parametrize("layout", ["fp8-block", "fp8-b128", "fp8-power", "fp8-tensor", "fp8-autofp8", "ct-fp8-blocks"])
 def test_rows_decode_as_in_the_whole(layout: str) -> None:
     packer, config, _ = LAYOUTS[layout]
     parts, values = packer(weight(100, 96))
-    tensors = {f"P.{name}": tensor for name, tensor in parts.items()}
-    packed, handles = found(READERS[config["quant_method"]], config, tensors)
+    check_rows(READERS[config["quant_method"]], config, parts, values)
+
+
+def check_rows(layout: Layout, config: dict[str, Any], tensors: dict[str, Tensor], values: Tensor) -> None:
+    """Assert that a weight of 100 rows decodes to `values`, whole and by parts."""
+    packed, handles = found(layout, config, {f"P.{name}": tensor for name, tensor in tensors.items()})
     whole = packed.decode(handles, slice(0, 100))
     torch.testing.assert_close(whole, values, rtol=1e-6, atol=0)
     for start, stop in ((0, 1), (39, 41), (63, 100)):
         assert torch.equal(packed.decode(handles, slice(start, stop)), whole[start:stop])
 
 
-@pytest.mark.parametrize("width", range(2, 9))
-def test_integers_of_every_width_decode(width: int) -> None:
-    config = packed_models.groups(num_bits=width, type="int", group_size=32)
-    parts, values = packed_models.integers(weight(12, 96), width, symmetric=False)
-    packed, handles = found(CompressedTensors(), config, {f"P.{name}": t for name, t in parts.items()})
-    torch.testing.assert_close(packed.decode(handles, slice(0, 12)), values, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("kind", ["E5M2", "groups", "E8M0"])
+def test_fp8_without_a_scheme_decodes(kind: str) -> None:
+    """The kinds of FP8 in compressed-tensors that have no scheme, besides blocks of other sizes."""
+    columns = 96 if kind == "E5M2" else 32
+    exponents = weight(100, 96).unflatten(1, (-1, columns)).abs().amax(-1).log2().ceil()
+    codes = (weight(100, 96) / exponents.exp2().repeat_interleave(columns, 1)).to(
+        torch.float8_e5m2 if kind == "E5M2" else torch.float8_e4m3fn
+    )
+    scale = (exponents + 127).to(torch.uint8) if kind == "E8M0" else exponents.exp2()
+    size: dict[str, Any] = {"strategy": "channel"} if kind == "E5M2" else {"strategy": "group", "group_size": 32}
+    values = codes.float() * exponents.exp2().repeat_interleave(columns, 1)
+    config = packed_models.groups(num_bits=8, type="float", **size)
+    check_rows(CompressedTensors(), config, {"weight": codes, "weight_scale": scale}, values)
 
 
-def _two_groups(first: list[str]) -> dict[str, Any]:
-    eight = {"targets": first, "weights": {"num_bits": 8, "type": "int"}}
-    four = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": four, "group_1": eight}}
+@pytest.mark.parametrize("target", ["P", "re:P$"])
+def test_a_group_that_names_a_module_decides_its_blocks(target: str) -> None:
+    """Scales [5, 4] fit a weight [100, 96] with blocks of 24 x 24 and of 22 x 28."""
+    parts, values = packed_models.fp8_blocks(weight(100, 96), (24, 24))
+    check_rows(CompressedTensors(), _two_groups([target], other=[22, 28]), parts, values)
+    with pytest.raises(FormatError, match=r"P\.weight_scale is float32 \[5, 4\]; \[3, 2\]"):
+        found(
+            CompressedTensors(), _two_groups(["re:Q$"], other=[40, 50]), {f"P.{name}": t for name, t in parts.items()}
+        )
 
 
-@pytest.mark.parametrize("target", ["a.P", "re:.*P$"])
-def test_a_group_that_names_a_module_decides_its_bits(target: str) -> None:
-    parts, values = packed_models.integers(weight(12, 96), 8)
-    tensors = {f"a.P.{name}": t for name, t in parts.items()}
-    packed, handles = found(CompressedTensors(), _two_groups([target]), tensors)
-    torch.testing.assert_close(packed.decode(handles, slice(0, 12)), values, rtol=1e-6, atol=0)
-    with pytest.raises(FormatError, match=r"a\.P\.weight_packed"):
-        found(CompressedTensors(), _two_groups(["another"]), tensors)
+def _two_groups(first: list[str], other: list[int]) -> dict[str, Any]:
+    """Blocks of 24 x 24 for the targets `first`, and of the size `other` for all other linears."""
+
+    def group(targets: list[str], block: list[int]) -> dict[str, Any]:
+        weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": block}
+        return {"targets": targets, "weights": weights}
+
+    groups = {"group_0": group(["Linear"], other), "group_1": group(first, [24, 24])}
+    return {"quant_method": "compressed-tensors", "config_groups": groups}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparse"),
-        (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "rotated"),
-        (lambda c: c.update(config_groups=[]), "not an object|num_bits"),
-        (lambda c: c.update(config_groups={"g": {"targets": "Linear"}}), "no weights and targets"),
-        (lambda c: c.update(config_groups={"g": {"targets": ["re:("], "weights": {}}}), "regular expression"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=9), "num_bits = 9"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=True), "num_bits = True"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(change: Callable[[dict[str, Any]], None], words: str) -> None:
-    config = _two_groups(["another"])
-    change(config)
-    parts, _ = packed_models.integers(weight(12, 96))
-    with pytest.raises(FormatError, match=words):
-        found(CompressedTensors(), config, {f"P.{name}": t for name, t in parts.items()})
+def test_fp8_without_scales_names_them() -> None:
+    config = LAYOUTS["ct-fp8-blocks"][1]
+    with pytest.raises(FormatError, match=r"P\.weight_scale is missing"):
+        found(CompressedTensors(), config, {"P.weight": weight(100, 96).to(torch.float8_e4m3fn)})

@@ -174,7 +174,8 @@ class Format(ABC):
         """Module -> suffix -> spec, for every quantized weight of a checkpoint. It reads headers only.
 
         names: the name and header of each tensor. FormatError if the config is invalid or a weight lacks a tensor.
-        Weights of `find_fused` are not in it.
+        Weights of `find_fused` are not in it, nor those that a layout decodes beside the format
+        (`Layout.beside_format`).
         """
 
     def find_fused(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:

@@ -254,9 +254,12 @@ def found_in(source: Source, checkpoint: Checkpoint) -> dict[str, Packed]:
 
 def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
     method = str(config["quant_method"])
-    if (layout := layout_of(config, checkpoint.specs)) is not None:
-        return layout.find(config, checkpoint.specs, checkpoint.get)
-    format = by_quant_method(method)
+    format, layout = by_quant_method(method), layout_of(config, checkpoint.specs)
+    if layout is not None:
+        found = layout.find(config, checkpoint.specs, checkpoint.get)
+        if format is not None and layout.beside_format:  # no weight stays packed if one of them cannot
+            found |= {name: replace(each, weight=None) for name, each in _of_format(format, config, checkpoint)}
+        return found
     if format is None:
         raise foreign.unread(method)
     if scaled := format.activations(checkpoint.specs):

@@ -87,7 +87,7 @@ def lay_out(weight: QTensor) -> dict[str, Tensor]:
     return {"weight": parts["codes"].view(torch.float8_e4m3fn), "weight_scale": scale}
 
 
-def why_unpacked(args: Args, parts: Mapping[str, PartSpec]) -> str | None:
+def why_without_scheme(args: Args, parts: Mapping[str, PartSpec]) -> str | None:
     """None if fewbit has a scheme for float weights with these settings and headers, else the reason why not."""
     weight, scale = parts.get("weight"), parts.get("weight_scale")
     if weight is not None and weight.dtype == torch.float8_e5m2:

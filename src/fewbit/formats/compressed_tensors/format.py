@@ -25,6 +25,7 @@ A linear `P` has N rows and K columns, b bits and groups of g columns. There is 
 Codes are signed, q = -2^(b-1) ... 2^(b-1) - 1, and w = (q - z) scale. pack-quantized stores c = q + 2^(b-1), which is
 the code of the scheme `affine`; so are the zero points. A code may cross two words where b does not divide 32. Older
 files of 3, 5, 6 and 7 bits put floor(32 / b) codes in each word; the width of `weight_packed` tells them apart.
+FP8 in other blocks, in groups, with E8M0 scales and of the kind E5M2 is decoded (`layouts/compressed_tensors.py`).
 
 A plan with `"activations": "dynamic"` declares that a server may round activations: int-quantized and float-quantized
 with 8-bit activations, MXFP4 and NVFP4 with 4-bit ones. NVFP4 then has P.input_global_scale [1], 448 * 6 / max|x|, from
@@ -59,7 +60,7 @@ _FUSED = (
     *(("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up")),
 )
 # Tensors beside a weight that fewbit keeps for other readers: static scales of activations.
-_CARRIED = tuple(f"{which}_{what}" for which in ("input", "output") for what in ("scale", "zero_point", "global_scale"))
+CARRIED = tuple(f"{which}_{what}" for which in ("input", "output") for what in ("scale", "zero_point", "global_scale"))
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 
 
@@ -77,7 +78,7 @@ class CompressedTensors(Format):
     quant_method: ClassVar[str] = "compressed-tensors"
     readers: ClassVar[str] = "vLLM, SGLang, transformers with compressed-tensors"
     metadata_suffixes: ClassVar[tuple[str, ...]] = ("weight_shape",)
-    carried_suffixes: ClassVar[tuple[str, ...]] = _CARRIED
+    carried_suffixes: ClassVar[tuple[str, ...]] = CARRIED
     ignores_all: ClassVar[bool] = True
 
     def with_activations(self, activations: str | None) -> CompressedTensors:
@@ -172,21 +173,17 @@ class CompressedTensors(Format):
         return integers.as_stored(scheme, shape, tensors, module) if isinstance(scheme, Affine) else (scheme, False)
 
     def why_unpacked(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> str | None:
-        groups = Groups.of(config)
-        for module, parts in _weights(names).items():
-            if claims := groups.claiming(module) or groups.groups[:1]:
-                reason = floats.why_unpacked(claims[0].args, parts)
-                if reason is not None:
-                    return f"{module}: {reason}"
-        return None
+        reasons = without_scheme(Groups.of(config), weights_in(names))
+        return next((f"{module}: {reason}" for module, reason in reasons.items()), None)
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
-        groups = Groups.of(config)
-        weights = _weights(names)
+        groups, weights = Groups.of(config), weights_in(names)
         if not weights:
             raise FormatError("the config says compressed-tensors, but no tensor is named *.weight_scale")
         usual = "weight_packed" if any("weight_packed" in parts for parts in weights.values()) else "weight"
-        for module, parts in weights.items():
+        decoded = without_scheme(groups, weights)
+        held = {module: parts for module, parts in weights.items() if module not in decoded}
+        for module, parts in held.items():
             if "weight_packed" not in parts and "weight" not in parts:
                 raise FormatError(f"{module}.{usual} is missing; {module}.{next(iter(parts))} needs it")
             if "weight_packed" in parts and "weight" in parts:
@@ -199,7 +196,7 @@ class CompressedTensors(Format):
             if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in weights
         ]
         groups.check(weights, plain)
-        return weights
+        return held
 
     def _layout(self, scheme: Scheme) -> str:
         if isinstance(scheme, Affine):
@@ -235,7 +232,7 @@ def _described(
     return floats.describe(tensors, group, module)
 
 
-def _weights(names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+def weights_in(names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
     """Module -> suffix -> header of the tensors that store its weight."""
     found: dict[str, dict[str, PartSpec]] = {}
     for name, spec in names.items():
@@ -244,9 +241,20 @@ def _weights(names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         elif name.endswith(".weight") and spec.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
             found.setdefault(name.removesuffix(".weight"), {})
     for module, parts in found.items():
-        for suffix in ("weight", *_CARRIED):
+        for suffix in ("weight", *CARRIED):
             if f"{module}.{suffix}" in names:
                 parts[suffix] = names[f"{module}.{suffix}"]
+    return found
+
+
+def without_scheme(groups: Groups, weights: Mapping[str, Mapping[str, PartSpec]]) -> dict[str, str]:
+    """Module -> the reason why fewbit has no scheme for its weight, of the FP8 weights that are only decoded."""
+    found = {}
+    for module, parts in weights.items():
+        if claims := groups.claiming(module) or groups.groups[:1]:
+            reason = floats.why_without_scheme(claims[0].args, parts)
+            if reason is not None:
+                found[module] = reason
     return found
 
 

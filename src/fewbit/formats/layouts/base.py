@@ -64,10 +64,12 @@ class Layout(ABC):
     """How one tool stores quantized weights. It has no state."""
 
     quant_method: ClassVar[str]  # the layout's name in the quantization_config
+    # Whether it decodes only the weights that no scheme holds, and fewbit's format of this name decodes the others.
+    beside_format: ClassVar[bool] = False
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec], read: Read) -> dict[str, Packed]:
-        """Name -> packed tensor, for every quantized tensor of a checkpoint.
+        """Name -> packed tensor, for every quantized tensor of a checkpoint that the layout decodes.
 
         names: the name and header of each tensor. read: gives the data of a tensor, for what no header says.
         FormatError that names the tensor if one is missing, or has another dtype or shape than expected.

@@ -11,7 +11,7 @@ same way: int8 [N, K / 2] with a scale for 32 columns. Source: transformers 5.24
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -59,9 +59,17 @@ class FbgemmFP8(FP8):
 
 
 def packed_fp8(
-    name: str, spec: PartSpec, scale: str, scales: PartSpec, block: tuple[int, int] | None, unused: tuple[str, ...] = ()
+    name: str,
+    spec: PartSpec,
+    scale: str,
+    scales: PartSpec,
+    block: tuple[int, int] | None,
+    unused: Sequence[str] = _UNUSED,
 ) -> Packed:
-    """The FP8 weight `name` with the scales `scale`. FormatError if their shape fits no kind of scale."""
+    """The FP8 weight `name` with the scales `scale`. FormatError if their shape fits no kind of scale.
+
+    unused: suffixes of scales of activations.
+    """
     shape = spec.shape
     if len(shape) not in (2, 3) or not min(shape):
         raise wrong(name, spec, "two dimensions, or three for fused experts")
@@ -83,7 +91,7 @@ def packed_fp8(
         parts={"weight": name, "scale": scale},
         decode=partial(_decode, shape=shape, size=size, four=False),
         scales=("scale",),
-        unused=(*unused, *(f"{module}.{each}" for each in _UNUSED)),
+        unused=tuple(f"{module}.{suffix}" for suffix in unused),
     )
 
 
