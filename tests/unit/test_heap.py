@@ -1,5 +1,7 @@
 """What is done with goes back to the system, and nothing else does."""
 
+import ctypes
+import mmap
 import sys
 from pathlib import Path
 
@@ -69,6 +71,38 @@ def test_memory_that_belongs_to_no_file_is_left_alone() -> None:
     with heap.trimmed() as done_with:
         done_with([x], [])
     assert int(x.sum()) == 8 * MIB
+
+
+def at(address: int, size: int) -> torch.Tensor | None:
+    """Memory of no file at this address, filled with ones. None if the address is in use."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_ssize_t
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
+    made = libc.mmap(
+        ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, ctypes.c_long(0)
+    )
+    if made != address:
+        return None
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8).fill_(1)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_the_addresses_of_a_closed_file_are_left_alone(released: bool, tmp_path: Path) -> None:
+    """The system gives them to the next large tensor."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(8 * MIB, dtype=torch.uint8)}, path)
+    with safe_open(path, "pt") as file:
+        mapped = file.get_tensor("a")
+    start = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    with heap.trimmed() as done_with:
+        if released:
+            done_with([mapped], [])
+        del mapped, file
+        other = at(start, 8 * MIB)
+        if not released:
+            assert other is not None
+            done_with([other], [])
+    assert other is None or int(other.sum()) == 8 * MIB
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e5m2"])

@@ -48,13 +48,21 @@ def trimmed() -> Iterator[DoneWith]:
     stay in memory as long as any tensor of the file is in use, which is always the case for an embedding, and a model
     that is converted to another layout would be in memory twice.
     """
-    files = _mapped()
-    gone: list[tuple[int, int]] = []
+    files, gone = _mapped(), list[tuple[int, int]]()
+    held: dict[tuple[int, int], Tensor] = {}  # one tensor of each file, so that no other data takes its addresses
+
+    def is_mapped(tensor: Tensor) -> bool:
+        place = _place(tensor)
+        if (file := _file_of(place, files)) is not None and file not in held:
+            files[:] = _mapped()  # the file may have been closed since, and its addresses may hold other data
+            if (file := _file_of(place, files)) is not None:
+                held[file] = tensor
+        return file is not None
 
     def done_with(read: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
-        held, done = _places(kept), _places(read)
-        done = [(start, stop) for start, stop in done if not any(a < stop and start < b for a, b in held)]
-        done = [(start, stop) for start, stop in done if any(a <= start and stop <= b for a, b in files)]
+        used = [_place(tensor) for tensor in kept]
+        done = [_place(tensor) for tensor in read if is_mapped(tensor)]
+        done = [(start, stop) for start, stop in done if not any(a < stop and start < b for a, b in used)]
         _give_back(done)
         gone.extend(done)
 
@@ -63,6 +71,7 @@ def trimmed() -> Iterator[DoneWith]:
         yield done_with
     finally:
         _give_back(gone)  # again for all: a page shared by two tensors can only be dropped once both are done
+        held.clear()
         _set(_threshold[0], top_pad=2 * _threshold[0])
         _trim()
 
@@ -70,11 +79,16 @@ def trimmed() -> Iterator[DoneWith]:
 def drop_mapped(places: Iterable[tuple[int, int]]) -> None:
     """Drop the pages in these address ranges. Ranges outside of mapped files are left alone."""
     files = _mapped()
-    _give_back([(start, stop) for start, stop in places if any(a <= start and stop <= b for a, b in files)])
+    _give_back([place for place in places if _file_of(place, files) is not None])
 
 
-def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _file_of(place: tuple[int, int], files: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The mapped file that holds this address range; None if there is none."""
+    return next((file for file in files if file[0] <= place[0] and place[1] <= file[1]), None)
 
 
 def _give_back(places: Iterable[tuple[int, int]]) -> None:
