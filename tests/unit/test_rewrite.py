@@ -215,6 +215,15 @@ def test_norms_that_add_one_are_told_from_those_that_do_not(tmp_path: Path) -> N
             assert {link.offset for link in at.links()} == {offset, None}
 
 
+def test_large_weights_do_not_hide_that_norms_add_one(tmp_path: Path) -> None:
+    with opened(tmp_path / "gemma", "gemma") as block:
+        for name, parameter in block.module.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.fill_(200)
+        offsets = [link.offset for link in block.links() if link.source.endswith("layernorm")]
+        assert set(offsets) == {1.0}
+
+
 def check_wrong_link(folder: Path, family: str) -> None:
     """A link that is not one is undone to the byte, and said."""
     with opened(folder, family) as at, pytest.MonkeyPatch.context() as patch:

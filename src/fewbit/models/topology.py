@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from fewbit.models.linears import is_linear, weight_of
 
 _HALVINGS = 3  # how often the rows of a fused projection are halved
 _SAME = 1e-3  # relative distance up to which a column counts as doubled, or as unchanged
+_EQUAL = 1e-5  # the same for what a norm gives in float32
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,21 @@ def _vector(module: nn.Module) -> tuple[int, ...]:
 
 
 def _offset(norm: nn.Module) -> float | None:
-    """What a norm adds to its weight before the multiplication: 0 or 1, found by doubling; None if neither."""
+    """What a norm adds to its weight before the multiplication: 0 or 1, found by doubling; None if neither.
+
+    In float32, up to its rounding: one more is little where the weights are large, as Gemma's are.
+    """
+    norm = deepcopy(norm).float()
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
-        weight
-    )
+    seeded = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(4, len(weight), generator=seeded, dtype=torch.float32, device="cpu").to(weight)
     shift = bias if isinstance(bias, Tensor) else torch.zeros_like(weight)
     kept = weight.clone()
     once = norm(x) - shift
     for offset in (0.0, 1.0):
         weight.copy_(2 * (kept + offset) - offset)
-        twice = norm(x) - shift
-        weight.copy_(kept)
-        if (twice - 2 * once).norm() <= 10 * _SAME * once.norm():
+        if (norm(x) - shift - 2 * once).norm() <= _EQUAL * once.norm():
             return offset
     return None
 

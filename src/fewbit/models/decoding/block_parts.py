@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace as changed
 from itertools import groupby, product
 from typing import Any
@@ -62,7 +63,7 @@ def norm_names(block: Any) -> tuple[str | None, ...]:
     return next((each for each in _NORMS if {name for name in each if name} == there), ())
 
 
-def wirings(block: Any, dtype: torch.dtype) -> tuple[list[Wiring], str]:
+def wirings(block: Any) -> tuple[list[Wiring], str]:
     """The ways in which the parts of a block may be wired, and why only up to the end of attention; empty: the whole.
 
     Without the second half, `gated` is empty and `down` None. Unlike if parts are missing, or there are others.
@@ -90,10 +91,10 @@ def wirings(block: Any, dtype: torch.dtype) -> tuple[list[Wiring], str]:
     shared = (sum(sizes) // head - heads) // 2
     if shared < 1 or heads % shared or (len(sizes) == 3 and sizes[0] != heads * head):
         raise Unlike(f"q, k and v of {sizes} rows, for {heads} heads of {head}")
-    norms = [_norm(name, getattr(block, name), output.shape[0], dtype) if name else None for name in names]
+    norms = [_norm(name, getattr(block, name), output.shape[0]) if name else None for name in names]
     for each in _OF_HEADS:
         module = child(attention, each)
-        norms.append(None if module is None else _norm(each[0], module, head, dtype))
+        norms.append(None if module is None else _norm(each[0], module, head))
     sinks = getattr(attention, "sinks", None)
     if sinks is not None and sinks.numel() != heads:
         raise Unlike(f"attention has {sinks.numel()} sinks for {heads} heads")
@@ -211,10 +212,11 @@ def _biases(slices: Sequence[Slice]) -> Tensor | None:
     return torch.cat([some.new_zeros(each.out_features) if each.bias is None else each.bias for each in slices])
 
 
-def _norm(name: str, module: Any, size: int, dtype: torch.dtype) -> Norm:
+def _norm(name: str, module: Any, size: int) -> Norm:
     """The norm that gives the module's results: with or without the mean, with the weight as it is or one added to it.
 
-    size: of a norm without weight.
+    size: of a norm without weight. Both compute in float32: the weights of Gemma are so large that one more is less
+    than the rounding of bfloat16.
     """
     own = dict(module.named_parameters())
     if module._forward_hooks:
@@ -227,15 +229,15 @@ def _norm(name: str, module: Any, size: int, dtype: torch.dtype) -> Norm:
     stated = child(module, ("variance_epsilon", "eps", "epsilon"))
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(2, len(weight), generator=generator, dtype=torch.float32, device="cpu") + 0.5
-    x = (x * torch.tensor([[1.0], [1e-3]], dtype=torch.float32, device="cpu")).to(dtype)  # the second shows eps
+    x = x * torch.tensor([[1.0], [1e-3]], dtype=torch.float32, device="cpu")  # the second shows eps
     with torch.inference_mode():
-        expected = module(x).float()
+        expected = deepcopy(module).float()(x)
         for centered, eps in product((False, True), (stated,) if isinstance(stated, float) else (1e-5, 1e-6)):
             plain = x.float() - (x.float().mean(-1, keepdim=True) if centered else 0)
             plain = plain * (plain.square().mean(-1, keepdim=True) + eps).rsqrt()
             for each in (weight, 1 + weight):
                 found = plain * each if bias is None else plain * each + bias
-                if float((found - expected).norm()) <= ROUNDING[dtype] * 10 * float(expected.norm()):
+                if float((found - expected).norm()) <= ROUNDING[torch.float32] * 10 * float(expected.norm()):
                     return Norm(each.clone(), eps, bias, centered)
     raise Unlike(f"{name} gives other results than a norm of its weight ({type(module).__name__})")
 

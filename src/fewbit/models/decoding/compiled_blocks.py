@@ -207,7 +207,7 @@ def _found(model: Any) -> tuple[dict[Any, Replacement], dict[str, str]]:
         try:
             if "forward" in vars(module):
                 raise Unlike("its forward has been replaced")
-            ways[name], halves[name] = wirings(module, model.dtype)
+            ways[name], halves[name] = wirings(module)
         except Unlike as reason:
             reasons[name] = str(reason)
     if isinstance(native.library(), str) or not ways:
