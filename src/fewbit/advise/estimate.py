@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from fewbit.advise import cards, memory
@@ -82,7 +83,7 @@ def estimate(
     g = geometry(outline.config, source.context)
     cache = memory.cache_bytes(g, use)
     original = sizes.original_bytes(outline)
-    parameters = sum(_numel(spec.shape) for _, _, spec in outline.passed_through())
+    parameters = sum(prod(spec.shape) for _, _, spec in outline.passed_through())
     files = sizes.checkpoint_bytes(outline)
     rows = [_row(sizes.Sized(ORIGINAL, "as it is", files, original, bits=8 * original / parameters), g, use, cache)]
     block = memory.Block(**outline.largest_block())
@@ -192,10 +193,3 @@ def _row(
         notes=sized.notes,
         why_not=sized.why_not,
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    found = 1
-    for length in shape:
-        found *= length
-    return found

@@ -158,10 +158,6 @@ class Affine(Scheme):
         return [*plain, *small, *([self] if self not in plain else [])]
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> tuple[str, ...]:
         return ("scale",)  # zero points are integers
 

@@ -109,9 +109,9 @@ class Codec(ABC):
     """A stored form of a weight that can be decoded. Some codecs only decode; a `Scheme` also encodes."""
 
     @property
-    @abstractmethod
     def payload(self) -> str:
-        """Name of the part that holds the codes."""
+        """Name of the part that holds the codes, "codes" by default."""
+        return "codes"
 
     @abstractmethod
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:

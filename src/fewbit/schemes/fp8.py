@@ -92,10 +92,6 @@ class FP8(Scheme):
         return self
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> tuple[str, ...]:
         return ("scale",)
 

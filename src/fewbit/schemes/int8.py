@@ -95,10 +95,6 @@ class Int8(Scheme):
         return self
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> tuple[str, ...]:
         return ("scb",)
 

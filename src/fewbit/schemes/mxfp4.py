@@ -68,10 +68,6 @@ class MXFP4(Scheme):
         return self
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> str:
         return "its scales are powers of two"
 

@@ -314,10 +314,6 @@ class FourBit(Scheme):
         return f"{self.kind}-b{self.group}" + ("-dq" if self.double else "")
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> tuple[str, ...]:
         # With double quantization the scales themselves are codes. The map is the same in all files.
         return ("nested", "offset") if self.double else ("absmax",)

@@ -91,10 +91,6 @@ class NVFP4(Scheme):
         return self
 
     @property
-    def payload(self) -> str:
-        return "codes"
-
-    @property
     def trainable(self) -> tuple[str, ...]:
         return ("global",)  # the scales of groups are 8-bit numbers
 

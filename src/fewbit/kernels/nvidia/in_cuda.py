@@ -260,18 +260,8 @@ def defined(
     """The source of a kernel with the macros that specialize it. shape: K, words of a row, and experts or 0."""
     k, row_words, experts = shape
     macros: dict[str, int | str] = {
-        "BITS": how.bits,
-        "LOW": how.low,
-        "GROUP": how.group,
-        "BLOCK": how.block,
+        **how.constants,
         "SCALE": stored[0],
-        "OFFSET": how.offset,
-        "ZERO_POINT": how.zero,
-        "LEVEL": how.level,
-        "FACTOR": how.factor,
-        "DIVISOR": how.divisor,
-        "SHARED": how.shared,
-        "SUB": how.sub,
         "K": k,
         "ROW_WORDS": row_words,
         "GROUPS": how.groups(k),

@@ -103,6 +103,24 @@ class Recipe(NamedTuple):
         """Groups that are stored side by side: all groups of a tile if they fill it exactly, else 1."""
         return self.tile // self.group if self.tile % self.group == 0 else 1
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernels in Triton and CUDA are compiled for, by the names that they have there."""
+        return {
+            "BITS": self.bits,
+            "LOW": self.low,
+            "GROUP": self.group,
+            "BLOCK": self.block,
+            "SCALE": self.scale,
+            "OFFSET": self.offset,
+            "ZERO_POINT": self.zero,
+            "LEVEL": self.level,
+            "FACTOR": self.factor,
+            "DIVISOR": self.divisor,
+            "SHARED": self.shared,
+            "SUB": self.sub,
+        }
+
 
 _LOW = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
 # Factor and divisor. The kernels round levels to 16 bits. All weights of a code get the same error, so errors add up

@@ -113,7 +113,7 @@ def linear(x: Tensor, tensors: Sequence[Tensor], how: Recipe, n: int, config: Co
         n,
         k,
         *_strides(how, tensors, k),
-        **_constants(how),
+        **how.constants,
         EVEN=tensors[0].shape[1] * WORDS % wide == 0,
         BN=rows,
         BW=wide,
@@ -197,7 +197,7 @@ def values(
         n,
         k,
         *_strides(how, tensors, k),
-        **_constants(how),
+        **how.constants,
         EVEN=k % how.tile == 0,
         BN=rows,
         BW=wide,
@@ -261,20 +261,3 @@ def _name(device: torch.device) -> str:
 
 def _strides(how: Recipe, tensors: Sequence[Tensor], k: int) -> tuple[int, int, int]:
     return tensors[0].shape[1] * WORDS, how.groups(k), k // how.block
-
-
-def _constants(how: Recipe) -> dict[str, int]:
-    return {
-        "BITS": how.bits,
-        "LOW": how.low,
-        "GROUP": how.group,
-        "BLOCK": how.block,
-        "SCALE": how.scale,
-        "OFFSET": how.offset,
-        "ZERO_POINT": how.zero,
-        "LEVEL": how.level,
-        "FACTOR": how.factor,
-        "DIVISOR": how.divisor,
-        "SHARED": how.shared,
-        "SUB": how.sub,
-    }

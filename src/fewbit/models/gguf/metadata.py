@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ _OTHERS = {
 }
 
 
+def damaged(path: Path, what: str) -> FormatError:
+    """The error for a file with an entry that cannot be right. what: which entry, and what is wrong with it."""
+    return FormatError(f"{path}: {what}", "The file is damaged, or of an unsupported kind.")
+
+
 class Keys:
     """Typed access to the keys of a file that begin with `prefix`. FormatError for a wrong type or range.
 
@@ -37,7 +43,7 @@ class Keys:
         self.file, self.prefix, self.layers = file, prefix, layers
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
+        return damaged(self.file.path, what)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.file.metadata.get(f"{self.prefix}.{key}", default)

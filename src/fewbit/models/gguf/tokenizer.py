@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.gguf_strings import Strings
+from fewbit.models.gguf.metadata import damaged
 from fewbit.models.gguf.patterns import (
     BOS_FIRST,
     GPT2,
@@ -204,7 +205,7 @@ class _Vocabulary:
         self.context = context if isinstance(context, int) and context > 0 else None
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
+        return damaged(self.file.path, what)
 
     def rstrip(self) -> set[int]:
         """Tokens that also match the spaces after them. No key lists them: llama.cpp decides by the model's name."""

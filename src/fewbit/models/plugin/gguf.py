@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from fewbit import hook
-from fewbit.errors import FormatError, KernelError, PlanError
+from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, SAVED, Entry, GgufFile, GgufWriter
 from fewbit.models import experts, parallel, scales, stacking
 from fewbit.models.building import building
@@ -35,10 +35,10 @@ from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
-from fewbit.models.plugin.modules import put, put_embedding, unpack, without_place
+from fewbit.models.plugin.modules import put, put_embedding, releasing, taken, unpack, without_place
 from fewbit.models.plugin.patch_gguf_config import gguf_path, named
 from fewbit.models.plugin.serving import requested_kernel, requested_tower
-from fewbit.nn.layers import Packed, QEmbedding, QLinear
+from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
 from fewbit.system import heap, publish
@@ -198,26 +198,17 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         read: list[Tensor] = []
 
         def weight_of(name: str, module: QLinear | QEmbedding) -> QTensor:
-            (blocks,) = module.take_tensors().values()
-            if blocks.is_meta:
-                raise KernelError(
-                    f"{name}: packed weights cannot be offloaded to the disk yet",
-                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
-                )
+            (blocks,) = taken(name, module).values()
             read.append(blocks)
             weight = self.packed[name]
             return QTensor(weight.codec, weight.shape, {weight.codec.payload: blocks}, weight.permutation)
-
-        def done(layers: list[Packed]) -> None:
-            done_with(read, [tensor for layer in layers for tensor in layer.prepared])
-            read.clear()
 
         own = parallel.parts_of(model, weight_of)
         for name, module in model.named_modules():
             if isinstance(module, QEmbedding):
                 module.adopt(own(name, module), self.dtype)
         read.clear()
-        stacking.pack(model, weight_of, done, self.dtype, self.kernel)
+        stacking.pack(model, weight_of, releasing(read, done_with), self.dtype, self.kernel)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.file is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, KernelError
 from fewbit.models.conversions import owner
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
-from fewbit.nn.layers import QEmbedding, QLinear
+from fewbit.nn.layers import Packed, QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
+from fewbit.system import heap
 
 FEW = 0.01  # a smaller share of unquantized parameters gives no warning
 
@@ -103,6 +104,32 @@ class ScaledActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(x)
         return out / self.scales.to(out)
+
+
+def taken(name: str, module: QLinear | QEmbedding) -> dict[str, Tensor]:
+    """The tensors that transformers read for a packed module. KernelError if it left them on the disk."""
+    tensors = module.take_tensors()
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise on_disk(name)
+    return tensors
+
+
+def on_disk(name: str) -> KernelError:
+    """The error for a packed module that a device map puts on the disk."""
+    return KernelError(
+        f"{name}: packed weights cannot be offloaded to the disk yet",
+        "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+    )
+
+
+def releasing(read: list[Tensor], done_with: heap.DoneWith) -> Callable[[list[Packed]], None]:
+    """What to call with layers that have their kernel's layout. It releases the tensors in `read`, and empties it."""
+
+    def done(layers: list[Packed]) -> None:
+        done_with(read, [tensor for layer in layers for tensor in layer.prepared])
+        read.clear()
+
+    return done
 
 
 def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:

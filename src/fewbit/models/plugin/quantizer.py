@@ -37,7 +37,7 @@ from transformers.utils.import_utils import (
 )
 
 from fewbit import hook, registry
-from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
+from fewbit.errors import FewbitError, FormatError, NumericsError, PlanError
 from fewbit.formats.base import by_quant_method, one_warning
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
@@ -58,7 +58,17 @@ from fewbit.models.plugin import (
     patch_resizing,
     patch_saving,
 )
-from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
+from fewbit.models.plugin.modules import (
+    as_stored,
+    left_as_they_are,
+    on_disk,
+    put,
+    put_scales,
+    releasing,
+    renamed,
+    taken,
+    unpack,
+)
 from fewbit.models.plugin.on_load import QuantizeOnLoad
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -130,10 +140,7 @@ class FewbitQuantizer(HfQuantizer):
         for name in self.packed:
             inside = [place for place in device_map if not place or f"{name}.".startswith(f"{place}.")]
             if inside and str(device_map[max(inside, key=len)]) == "disk":
-                raise KernelError(
-                    f"{name}: packed weights cannot be offloaded to the disk yet",
-                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
-                )
+                raise on_disk(name)
 
     def update_device_map(self, device_map: Any) -> Any:
         """In place of bitsandbytes, choose its default: the GPU, if the caller gives no device map."""
@@ -389,23 +396,14 @@ class FewbitQuantizer(HfQuantizer):
                 return module.qtensor()  # quantized while it was read
             if self.scheme is not None:
                 raise FormatError(f"{name}.weight is missing, or could not be quantized")
-            tensors = module.take_tensors()
-            if any(tensor.is_meta for tensor in tensors.values()):
-                raise KernelError(
-                    f"{name}: packed weights cannot be offloaded to the disk yet",
-                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
-                )
+            tensors = taken(name, module)
             own = {suffix: tensor for suffix, tensor in tensors.items() if suffix in self.format.carried_suffixes}
             self.carried[name] = {suffix: tensor.cpu().clone() for suffix, tensor in own.items()}
             weight = self.format.read(tensors, self.config, self.stored_as.get(name, name))
             read.extend(tensors.values())
             return weight
 
-        def done(layers: list[Packed]) -> None:
-            done_with(read, [tensor for layer in layers for tensor in layer.prepared])
-            read.clear()
-
-        stacking.pack(model, weight_of, done, self.dtype, self.kernel)
+        stacking.pack(model, weight_of, releasing(read, done_with), self.dtype, self.kernel)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """The dtype that bitsandbytes would compute in; None for the activations' dtype, as in fewbit's own loader."""
