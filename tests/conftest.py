@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewbit.errors import PlanError
 from fewbit.models import smollm2
@@ -38,6 +39,15 @@ def exact_activations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWBIT_ACTIVATIONS", "exact")
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices gain little from more threads, and lose much to waiting where the machine has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

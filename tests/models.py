@@ -199,6 +199,19 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The quantization_config in config.json."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return found
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """A JSON object in a file with keys replaced."""
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def greedy(model: Any, ids: Tensor, new: int = 24) -> list[list[int]]:
+    """The tokens of each text and of `new` more, each the likeliest one."""
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    return [[int(token) for token in row] for row in out]

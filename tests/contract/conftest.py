@@ -1,16 +1,10 @@
-"""Tensors here are small: a second thread would only wait for the first."""
+"""All modules of this folder have small tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """PyTorch uses one thread."""

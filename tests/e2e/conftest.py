@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from fewbit.api import quantize
 from fewbit.cli import app
+from fewbit.plans.plan import find
 from tests import models
 from tests.browser import Tab, chromium
 from tests.served import Served, demo, served
@@ -68,12 +69,23 @@ def fewbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices gain little from more threads, and lose much to waiting where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """All modules of this folder have small models."""
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to read, or to copy and to break."""
+    return models.save(tmp_path_factory.mktemp("sound") / "model", "llama", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model that the library for CPUs computes in whole blocks."""
+    root = tmp_path_factory.mktemp("llama")
+    plan = find("rtn-4bit").changed(scheme="int4-g32", format="gptq")
+    quantize.quantize(models.save(root / "model", "llama"), root / "out", plan=plan, device="cpu")
+    return root / "out"
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_files_load_packed_and_are_saved_as_they_were(family: str, scheme: str, 
     plan = find("rtn-4bit").changed(scheme=scheme)
     quantize.quantize(folder, tmp_path / "gptq", plan=plan)
     quantize.quantize(folder, tmp_path / "awq", plan=plan.changed(format="awq"))
-    config = json.loads((tmp_path / "awq" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "awq")
     assert config["quant_method"] == "awq"
     assert config["modules_to_not_convert"] == ["lm_head"]
     same, model = (
@@ -59,7 +59,7 @@ def test_a_gemv_file_of_others_loads(ids: Tensor, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", "mistral")
     quantize.quantize(folder, tmp_path / "gemm", plan=find("rtn-4bit").changed(scheme="int4-g32", format="awq"))
     written = AWQFormat()
-    config = json.loads((tmp_path / "gemm" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "gemm")
     gemm = models.tensors_of(tmp_path / "gemm")
     rest = {name: tensor for name, tensor in gemm.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     gemv = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMV"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +65,7 @@ def change(folder: Path, how: Callable[[str, Tensor], Tensor]) -> None:
 
 
 def configure(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(folder)
     models.edit_json(folder / "config.json", quantization_config=config | values)
 
 

@@ -34,11 +34,6 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.save(tmp_path_factory.mktemp("sound") / "model", "llama", dtype="float32")
-
-
-@pytest.fixture(scope="session")
 def sound_gptq(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sound") / "gptq"
     quantize.quantize(sound, out, plan="rtn-4bit")
@@ -843,7 +838,7 @@ REFUSED_BY_TRANSFORMERS = ("odd bits", "text for bits", "text for a group", "neg
 def test_a_checkpoint_that_contradicts_itself(name: str, gptq: Path, fewbit: Fewbit) -> None:
     change, words = SPOILED[name]
     if isinstance(change, Mapping):
-        config = json.loads((gptq / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        config = models.quantization_of(gptq)
         models.edit_json(gptq / "config.json", quantization_config={**config, **change})
     else:
         rewrite(gptq, change)

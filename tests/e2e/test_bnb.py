@@ -198,7 +198,7 @@ def test_what_a_plan_leaves_is_left_by_their_reader_too(tmp_path: Path, fewbit: 
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"name": "mine", "format": "bnb", "rules": rules}), encoding="utf-8")
     assert fewbit("quantize", source, "-o", tmp_path / "out", "--plan", plan).code == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "out")
     assert config["llm_int8_skip_modules"] == ["lm_head", "model.layers.0.mlp.down_proj"]
     again = loaded(tmp_path / "out")
     assert type(again.model.layers[0].mlp.down_proj) is torch.nn.Linear

@@ -62,12 +62,6 @@ def quantized(root: Path, source: Path, scheme: str = "int4-g32") -> Path:
     return root / "out"
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("llama")
-    return quantized(root, models.save(root / "model", "llama"))
-
-
 def replaced(model: Any) -> list[str]:
     """The blocks that the library computes, after one step."""
     outputs(model, ids_of(1), (1,))

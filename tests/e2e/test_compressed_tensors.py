@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,6 @@ PLANS = {
 }
 
 
-def config_of(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-
-
 def written(tmp_path: Path, plan: str, kind: str = "llama", **changes: Any) -> Path:
     save = models.save if kind in models.FAMILIES else architectures.save
     model, out = save(tmp_path / "model", kind, **changes), tmp_path / plan
@@ -51,7 +46,7 @@ def test_floats_stay_packed_and_are_saved_again(plan: str, tmp_path: Path) -> No
     found, stored = models.tensors_of(tmp_path / "again"), models.tensors_of(out)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[name].view(torch.uint8), stored[name].view(torch.uint8)) for name in stored)
-    assert config_of(tmp_path / "again") == config_of(out)
+    assert models.quantization_of(tmp_path / "again") == models.quantization_of(out)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("llama", "imatrix"), ("qwen3_moe", "gptq")])
@@ -62,7 +57,7 @@ def test_nvfp4_has_the_scales_of_its_inputs(kind: str, method: str, tmp_path: Pa
     calibration = fewbit.Calibration(str(text), samples=4, length=32)
     chosen = find("nvfp4").changed(method=method)
     fewbit.quantize(model, out, plan=chosen, calibration=calibration, progress=False, device="cpu")
-    stored, config = models.tensors_of(out), config_of(out)
+    stored, config = models.tensors_of(out), models.quantization_of(out)
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
     weights = {name.removesuffix("weight_packed") for name in stored if name.endswith("weight_packed")}
     scales = {name: stored[f"{name}input_global_scale"] for name in weights}
@@ -133,14 +128,14 @@ def test_from_pretrained_keeps_it_packed_and_saves_it_again(plan: str, dtype: st
     found = models.tensors_of(again)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[name], stored[name]) for name in stored)
-    assert config_of(again) == config_of(out)
+    assert models.quantization_of(again) == models.quantization_of(out)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, model(IDS).logits)
 
 
 def test_routers_and_the_head_are_ignored(tmp_path: Path) -> None:
     out = written(tmp_path, "w4a16", "qwen3_moe")
-    config, stored = config_of(out), models.tensors_of(out)
+    config, stored = models.quantization_of(out), models.tensors_of(out)
     routers = [name.removesuffix(".weight") for name in stored if name.endswith("mlp.gate.weight")]
     assert routers
     assert {*routers, "lm_head"} <= set(config["ignore"])
@@ -154,7 +149,7 @@ def test_routers_and_the_head_are_ignored(tmp_path: Path) -> None:
 
 def test_a_forgotten_router_is_named_by_every_reader(tmp_path: Path) -> None:
     out = written(tmp_path, "w4a16", "qwen3_moe")
-    config = config_of(out)
+    config = models.quantization_of(out)
     config["ignore"] = [name for name in config["ignore"] if not name.endswith("layers.0.mlp.gate")]
     models.edit_json(out / "config.json", quantization_config=config)
     for attempt in (fewbit.inspect, fewbit.load, AutoModelForCausalLM.from_pretrained):
@@ -198,7 +193,7 @@ def test_a_user_can_ask_for_dense_weights(tmp_path: Path) -> None:
 def test_act_order_of_older_files_survives_saving(tmp_path: Path) -> None:
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", "ct-int4-order")
-    config = config_of(packed)
+    config = models.quantization_of(packed)
     config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
     models.edit_json(packed / "config.json", quantization_config=config)
     model: Any = AutoModelForCausalLM.from_pretrained(packed)

@@ -63,12 +63,6 @@ def same_values(one: Path, other: Path) -> None:
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def same_bytes(one: Path, other: Path) -> None:
-    a, b = models.tensors_of(one), models.tensors_of(other)
-    assert a.keys() == b.keys()
-    assert not [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tied embeddings, biases, a chat template, a generation config."""
@@ -112,7 +106,7 @@ def test_there_and_back_gives_the_bytes(
     converted(second, tmp_path / "third", back)
     same_values(first, tmp_path / "third")
     if to != "gguf":
-        same_bytes(first, tmp_path / "third")
+        packed_models.same_files(first, tmp_path / "third")
         assert json.loads((tmp_path / "third" / "config.json").read_text(encoding="utf-8")) == json.loads(
             (first / "config.json").read_text(encoding="utf-8")
         )
@@ -252,7 +246,7 @@ def test_layouts_of_other_makers_become_dense(layout: str, tmp_path: Path) -> No
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", found)
     converted(packed, tmp_path / "dense", "dense")
-    same_bytes(plain, tmp_path / "dense")
+    packed_models.same_files(plain, tmp_path / "dense")
 
 
 def test_a_packed_gpt2_has_the_layout_of_its_model(tmp_path: Path) -> None:
@@ -287,7 +281,7 @@ def test_experts_survive(kind: str, tmp_path: Path) -> None:
     converted(first, tmp_path / "second", "awq")
     same_values(first, tmp_path / "second")
     converted(tmp_path / "second", tmp_path / "third", "gptq")
-    same_bytes(first, tmp_path / "third")
+    packed_models.same_files(first, tmp_path / "third")
     converted(first, tmp_path / "dense", "dense")
     assert set(models.tensors_of(tmp_path / "dense")) == set(models.tensors_of(model))
     ids = torch.randint(3, models.VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -307,7 +301,7 @@ def test_what_is_said_of_activations_is_kept_or_named(model: Path, tmp_path: Pat
     assert "a fp8 file declares that servers round activations too, and the source does not" in done.notes
     back = converted(tmp_path / "third", tmp_path / "fourth", CT)
     assert not [note for note in back.notes if "activations" in note]
-    config = json.loads((tmp_path / "fourth" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "fourth")
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
     same_values(plain, tmp_path / "fourth")
 
@@ -350,7 +344,7 @@ def edited(folder: Path, out: Path, tensors: dict[str, Tensor], **config: Any) -
     """A copy of a folder with other tensors and settings of its quantization config."""
     shutil.copytree(folder, out)
     save_file({**models.tensors_of(folder), **tensors}, out / "model.safetensors", metadata={"format": "pt"})
-    known = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    known = models.quantization_of(out)
     models.edit_json(out / "config.json", quantization_config={**known, **config})
     return out
 
@@ -363,11 +357,11 @@ def test_act_order_stays_in_gptq_and_is_refused_elsewhere(model: Path, tmp_path:
     order = torch.arange(128, dtype=torch.int32).flip(0) // 32
     first = edited(plain, tmp_path / "first", {f"{DOWN}.g_idx": order}, desc_act=True, damp_percent=0.05)
     converted(first, tmp_path / "second", "gptq-v2")
-    config = json.loads((tmp_path / "second" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "second")
     assert (config["desc_act"], config["static_groups"], config["damp_percent"]) == (True, False, 0.05)
     same_values(first, tmp_path / "second")
     converted(tmp_path / "second", tmp_path / "third", "gptq-v1")
-    same_bytes(first, tmp_path / "third")
+    packed_models.same_files(first, tmp_path / "third")
     with pytest.raises(PlanError, match=rf"1 of 14 weights.*\n.*{DOWN}: it has act-order \(g_idx\)"):
         converted(first, tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()

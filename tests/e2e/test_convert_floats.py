@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def test_gpt_oss_goes_to_compressed_tensors_and_back(gpt_oss: Path, tmp_path: Pa
 def test_plain_transformers_loads_a_converted_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
     converted(gpt_oss, tmp_path / "second", CT)
     converted(tmp_path / "second", tmp_path / "third", "mxfp4")
-    config = json.loads((tmp_path / "third" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "third")
     assert config["quant_method"] == "mxfp4"
     assert {"lm_head", "model.layers.*.mlp.router", "model.layers.*.self_attn.q_proj"} <= set(
         config["modules_to_not_convert"]

@@ -16,28 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import fewbit as fb
-from fewbit.api import quantize
 from fewbit.models.decoding import compiled_blocks
 from fewbit.models.decoding.caches import CACHE, reserved
 from fewbit.models.decoding.stand_in import PLACE, StandIn
-from fewbit.plans.plan import find
 from fewbit.system import native
-from tests import models
 
 pytestmark = pytest.mark.usefixtures("rounded_activations")
 HOW = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 COPIED = pytest.mark.parametrize("copied", HOW.values(), ids=HOW)
 IDS = torch.arange(3, 8)[None]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("llama")
-    source = models.save(root / "model", "llama")
-    quantize.quantize(
-        source, root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32", format="gptq"), device="cpu"
-    )
-    return root / "out"
 
 
 def written(model: Any) -> list[int]:

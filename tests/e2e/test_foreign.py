@@ -48,7 +48,7 @@ def copied(source: Path, folder: Path, config: Any, tensors: dict[str, Tensor] |
 
 
 def quantization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    found: dict[str, Any] = models.quantization_of(folder)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,6 @@ BLOCKS = Plan("blocks", "fp8", (Rule("*", "fp8-b128"),))
 TENSORS = Plan("tensors", "fp8", (Rule("*", "fp8-tensor"),))
 
 
-def config_of(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-
-
 @pytest.mark.parametrize("plan", [BLOCKS, TENSORS], ids=["blocks", "tensors"])
 def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: Path) -> None:
     """The widths 288 and 384 give blocks of which the last are smaller, and blocks that are all whole."""
@@ -39,16 +34,16 @@ def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: P
     name = "model.layers.0.mlp.up_proj.weight"
     assert stored[name].dtype == torch.float8_e4m3fn
     assert stored[f"{name}_scale_inv"].shape == ((3, 3) if plan is BLOCKS else (1,))
-    assert config_of(out)["weight_block_size"] == ([128, 128] if plan is BLOCKS else None)
-    assert "lm_head" in config_of(out)["modules_to_not_convert"]
+    assert models.quantization_of(out)["weight_block_size"] == ([128, 128] if plan is BLOCKS else None)
+    assert "lm_head" in models.quantization_of(out)["modules_to_not_convert"]
     assert fewbit.inspect(out).schemes == {"fp8-b128" if plan is BLOCKS else "fp8-tensor": 14}
     with packed_models.preferred("fp8"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(out)
         assert len(packed_linears(loaded)) == 14
         loaded.save_pretrained(tmp_path / "again")
     packed_models.same_files(tmp_path / "again", out)
-    again = config_of(tmp_path / "again")  # transformers adds its defaults
-    assert {**again, **config_of(out)} == again
+    again = models.quantization_of(tmp_path / "again")  # transformers adds its defaults
+    assert {**again, **models.quantization_of(out)} == again
 
 
 def test_the_library_and_pytorch_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +119,7 @@ def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
     found = models.tensors_of(tmp_path / "again")
     assert found.keys() == models.tensors_of(packed).keys()
     assert any(name.endswith("activation_scale") for name in found)
-    assert "weight_block_size" not in config_of(packed)
+    assert "weight_block_size" not in models.quantization_of(packed)
     assert fewbit.inspect(tmp_path / "again").schemes == {"fp8-tensor": 14}
 
 

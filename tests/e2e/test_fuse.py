@@ -64,12 +64,6 @@ def quantized(root: Path, family: str, format: str = "gptq") -> Path:
     return root / "out"
 
 
-def greedy(model: Any, ids: Tensor, new: int = 24) -> list[list[int]]:
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
-    return [[int(token) for token in row] for row in out]
-
-
 def short(groups: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Of the first block, without the way to it."""
     return [tuple(name.partition(".0.")[2] for name in group) for group in groups if ".0." in group[0]]
@@ -88,13 +82,13 @@ def test_the_text_is_the_same_token_for_token(family: str, ids: Tensor, tmp_path
         assert sum(isinstance(m, Slice) for m in fused.modules()) == 2 * sum(map(len, expected))
     # Twice: the cache is used again. The second batch has another size.
     for prompt in (ids, ids.flip(1), ids[:1]):
-        assert greedy(fused, prompt) == greedy(plain, prompt)
+        assert models.greedy(fused, prompt) == models.greedy(plain, prompt)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tensor, tmp_path: Path) -> None:
     model = fb.load(quantized(tmp_path, family), dtype=torch.float32)
-    expected = greedy(model, ids)
+    expected = models.greedy(model, ids)
     assert decode.supports_static_cache(model, model.generate)
     cache = caches.static(model, LENGTH)
     mask = torch.ones_like(ids)
@@ -118,7 +112,7 @@ def test_latent_attention_is_fused_and_loops_in_a_static_cache(kind: str, ids: T
     assert decode.supports_static_cache(fused, decoder.plain)
     decoder.static = True
     for prompt in (ids, ids.flip(1), ids[:1]):
-        assert greedy(fused, prompt) == greedy(plain, prompt)
+        assert models.greedy(fused, prompt) == models.greedy(plain, prompt)
         assert int(decoder.loop.step.at) == 24
 
 
@@ -135,9 +129,9 @@ def test_every_scheme_can_be_fused(options: dict[str, Any], nested: bool, ids: T
     folder = models.save(tmp_path / "original", "llama")
     with quantizer.serving():
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
-    before = greedy(model, ids)
+    before = models.greedy(model, ids)
     assert len(fuse(model)) == 4
-    assert greedy(model, ids) == before
+    assert models.greedy(model, ids) == before
 
 
 def test_the_guides_cell_fuses(llama: Path, ids: Tensor) -> None:
@@ -147,13 +141,13 @@ def test_the_guides_cell_fuses(llama: Path, ids: Tensor) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32)
     assert sum(isinstance(m, Slice) for m in model.modules()) == 10
     assert not any(isinstance(m, Slice) for m in plain.modules())
-    assert greedy(model, ids) == greedy(plain, ids)
+    assert models.greedy(model, ids) == models.greedy(plain, ids)
     cache = model.generate.__self__.cache
     assert {layer.whole[0].shape[2] for layer in cache.layers} == {LENGTH}
     with pytest.raises(
         PlanError, match=r"prompt \(9 tokens\) and new tokens make 49 tokens, but the model was fused for 48"
     ):
-        greedy(model, ids, new=40)
+        models.greedy(model, ids, new=40)
     # Whoever brings a cache, or searches with beams, is served as before.
     assert len(model.generate(ids[:1], max_new_tokens=4, num_beams=2, attention_mask=torch.ones(1, 9))) == 1
 
@@ -201,7 +195,7 @@ def test_a_graph_is_recorded_anew_when_adapters_change(llama: Path, ids: Tensor)
 
     def renewed() -> bool:
         before = decoder.cache
-        greedy(model, ids, 2)
+        models.greedy(model, ids, 2)
         return decoder.cache is not before
 
     assert renewed()

@@ -35,7 +35,7 @@ def test_from_pretrained_keeps_it_packed_and_saves_it_again(layout: str, tmp_pat
     assert (models.logits(loaded, IDS) - wanted).norm() < 1e-3 * wanted.norm()
     loaded.save_pretrained(tmp_path / "again")
     packed_models.same_files(tmp_path / "again", packed)
-    again = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    again = models.quantization_of(tmp_path / "again")
     assert again == packed_models.LAYOUTS[layout][1]
     values, own = models.tensors_of(tmp_path / "plain"), fewbit.load(tmp_path / "again").dequantize().state_dict()
     assert all(torch.equal(own[name].float(), tensor.float()) for name, tensor in values.items())

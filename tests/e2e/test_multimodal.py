@@ -284,7 +284,7 @@ def test_names_of_an_older_checkpoint_are_kept(tmp_path: Path) -> None:
     kept = [name for name in older if not name.startswith("language_model.model.layers")]
     assert all(same(after[name], older[name]) for name in kept)
     assert "language_model.model.layers.0.mlp.up_proj.qweight" in after
-    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "out")
     named = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"
     assert f"-:^{re.escape(named)}$" in config["dynamic"]
     assert f"-:^{re.escape(named.replace('vision_tower.vision_model.', 'model.vision_tower.'))}$" in config["dynamic"]

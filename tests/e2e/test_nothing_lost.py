@@ -154,7 +154,7 @@ def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> N
     rewritten(model, {**{f"{name}.weight": torch.ones(4, 4) for name in carried}, beside: torch.ones(4)})
     done = quantize.quantize(model, tmp_path / "gptq", plan="rtn-4bit")
     assert any(f"left out: 1 tensor of 16 bytes ({beside})" in note for note in done.notes)
-    config = json.loads((tmp_path / "gptq" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = models.quantization_of(tmp_path / "gptq")
     assert r"-:^mtp\.fc$" in config["dynamic"]
     assert "-:^proj$" not in config["dynamic"]
     rules = [{"match": "mtp.*", "scheme": None}, {"match": "*", "scheme": "nf4-b64", "method": "rtn"}]

@@ -26,11 +26,6 @@ TEXTS: dict[str, Any] = {"dataset": [models.sentences(20)], "group_size": 32}
 UP = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.save(tmp_path_factory.mktemp("sound") / "model", "llama", dtype="float32")
-
-
 @pytest.fixture
 def model(sound: Path, tmp_path: Path) -> Path:
     """A copy to break."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def same(a: Any, b: Any) -> bool:
 
 def saved(model: Any, folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config: dict[str, Any] = models.quantization_of(folder)
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,6 @@ NEEDS: dict[str, dict[str, Any] | None] = {
 }
 REFUSED = {"GLORA"}  # PEFT's own sentence: it takes nothing but nn.Linear itself
 TUNERS = [member.value for member in peft.PeftType if NEEDS.get(member.value, _LINEARS) is not None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(kind: str, **changes: Any) -> Any:

@@ -22,15 +22,9 @@ from fewbit.pipeline.job import Job
 from fewbit.plans import plan as plans
 from tests import architectures, gguf_files, models, multimodal, packed_models
 from tests.e2e.conftest import Fewbit
-from tests.packed_models import LAYOUTS, edit, record
+from tests.packed_models import LAYOUTS, edit, record, same_files
 
 DOWN = "model.layers.0.mlp.down_proj"
-
-
-def same_tensors(one: Path, other: Path) -> None:
-    a, b = models.tensors_of(one), models.tensors_of(other)
-    assert a.keys() == b.keys()
-    assert not [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
 
 
 def quantized(model: Path, plan: str = "nf4", **given: Any) -> tuple[Path, Any]:
@@ -51,7 +45,7 @@ def test_a_packed_source_gives_the_bytes_of_its_floats(layout: str, tmp_path: Pa
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", layout)
     out, done = quantized(packed)
-    same_tensors(quantized(plain)[0], out)
+    same_files(quantized(plain)[0], out)
     kind = LAYOUTS[layout][2]
     assert done.notes[0] == (
         f"the source is already quantized ({kind}); errors are measured against its dequantized weights"
@@ -73,7 +67,7 @@ def test_weights_beside_fp8_without_a_scheme_are_decoded(tmp_path: Path) -> None
     packed = packed_models.pack_mixed(plain, tmp_path / "packed", layouts)
     edit(packed, {"model.layers.0.self_attn.q_proj.input_scale": torch.ones(1)})
     out, done = quantized(packed)
-    same_tensors(quantized(plain)[0], out)
+    same_files(quantized(plain)[0], out)
     assert record(out)["source"]["kinds"].keys() == {LAYOUTS[layout][2] for layout in layouts.values()}
     assert "left out: 5 scales of activations or of the KV cache" in done.notes[-1]
     with pytest.raises(PlanError, match=r"reads .* as floats only"):
@@ -89,7 +83,7 @@ def test_a_packed_source_can_be_calibrated_on(layout: str, tmp_path: Path, text:
     packed = packed_models.pack(plain, tmp_path / "packed", layout)
     calibration = fewbit.Calibration(text, samples=4, length=32)
     out, _ = quantized(packed, "gptq-3bit", calibration=calibration)
-    same_tensors(quantized(plain, "gptq-3bit", calibration=calibration)[0], out)
+    same_files(quantized(plain, "gptq-3bit", calibration=calibration)[0], out)
 
 
 @pytest.mark.parametrize("plan", ["nf4", "gptq-4bit"])
@@ -102,7 +96,7 @@ def test_fused_fp4_experts_are_quantized(fewbit: Fewbit, plan: str, tmp_path: Pa
         answer = fewbit("quantize", model, "-o", out, "--plan", plan, *flags)
         assert answer.code == 0, answer.err
     assert "already quantized (MXFP4)" in answer.out
-    same_tensors(tmp_path / "plain-out", tmp_path / "packed-out")
+    same_files(tmp_path / "plain-out", tmp_path / "packed-out")
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe"])
@@ -110,7 +104,7 @@ def test_separate_fp8_experts_are_quantized(kind: str, tmp_path: Path) -> None:
     plain = architectures.save(tmp_path / "plain", kind)
     packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")
     assert any("experts.3." in name for name in models.tensors_of(packed))
-    same_tensors(quantized(plain)[0], quantized(packed)[0])
+    same_files(quantized(plain)[0], quantized(packed)[0])
 
 
 @pytest.mark.parametrize("source", ["gptq-4bit", "awq-4bit", "nf4", "int8"])
@@ -122,7 +116,7 @@ def test_own_formats_are_sources(source: str, tmp_path: Path, text: str) -> None
     fewbit.load(packed).dequantize().save_pretrained(plain)
     models.tokenizer().save_pretrained(plain)
     out, done = quantized(packed, "gptq-3bit", calibration=fewbit.Calibration(text, samples=4, length=32))
-    same_tensors(quantized(plain, "gptq-3bit", calibration=fewbit.Calibration(text, samples=4, length=32))[0], out)
+    same_files(quantized(plain, "gptq-3bit", calibration=fewbit.Calibration(text, samples=4, length=32))[0], out)
     assert "the source is already quantized" in done.notes[0]
 
 
@@ -135,7 +129,7 @@ def test_a_gguf_file_is_a_source(family: str, tmp_path: Path, text: str) -> None
     edit(plain, {name: tensor.bfloat16() if tensor.dim() == 2 else tensor for name, tensor in own.items()})
     models.edit_json(plain / "config.json", dtype="bfloat16")
     out, done = quantized(file, "int8")
-    same_tensors(quantized(plain, "int8")[0], out)
+    same_files(quantized(plain, "int8")[0], out)
     assert "already quantized (GGUF q8_0)" in done.notes[0]
     close = fewbit.evaluate(out, reference=file, text=text, length=32, samples=2)
     assert close.quality.kl is not None
@@ -348,8 +342,8 @@ def test_an_adapter_is_merged_into_the_floats(tmp_path: Path, text: str) -> None
     fewbit.finetune(made, tmp_path / "adapter", data=text, tuning=tuning)
     for base, out in ((packed, "by-packed"), (plain, "by-plain"), (None, "by-record")):
         fewbit.merge(made, tmp_path / "adapter", tmp_path / out, base=base, text=text, length=32, samples=2)
-    same_tensors(tmp_path / "by-plain", tmp_path / "by-packed")
-    same_tensors(tmp_path / "by-plain", tmp_path / "by-record")
+    same_files(tmp_path / "by-plain", tmp_path / "by-packed")
+    same_files(tmp_path / "by-plain", tmp_path / "by-record")
     assert "quantization_config" not in (tmp_path / "by-packed" / "config.json").read_text(encoding="utf-8")
 
 
@@ -357,7 +351,7 @@ def test_an_adapter_is_merged_into_the_floats(tmp_path: Path, text: str) -> None
 def test_a_packed_model_with_a_vision_tower_is_a_source(tmp_path: Path) -> None:
     plain = multimodal.save(tmp_path / "plain", "gemma3")
     packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")
-    same_tensors(quantized(plain)[0], quantized(packed)[0])
+    same_files(quantized(plain)[0], quantized(packed)[0])
     assert type(fewbit.load(packed, device="cpu")).__name__ == "Gemma3ForConditionalGeneration"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def with_scales(tmp_path: Path, format: str) -> Path:
     else:
         plan = Plan("p", format, (Rule("*", "fp8-row", "rtn"),))
         fewbit.quantize(model, made, plan=plan, progress=False)
-        config = json.loads((made / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        config = models.quantization_of(made)
         models.edit_json(made / "config.json", quantization_config={**config, "kv_cache_scheme": SCHEME})
     return packed_models.edit(made, {name: torch.tensor([0.25]) for name in NAMES[format]})
 
@@ -42,7 +41,7 @@ def test_saving_keeps_them(format: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
     packed_models.same_files(tmp_path / "third", first)
     if format == "compressed-tensors":
-        config = json.loads((tmp_path / "third" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        config = models.quantization_of(tmp_path / "third")
         assert config["kv_cache_scheme"] == SCHEME
 
 

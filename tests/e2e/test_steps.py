@@ -23,9 +23,8 @@ from fewbit.models.decoding.stand_in import PLACE
 from fewbit.models.decoding.steps import Steps
 from fewbit.system import native
 from tests import architectures, models
-from tests.e2e.test_compiled_blocks import ids_of, llama, quantized
+from tests.e2e.test_compiled_blocks import ids_of, quantized
 
-__all__ = ["llama"]  # a fixture
 pytestmark = [
     pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
     pytest.mark.usefixtures("rounded_activations"),

@@ -75,7 +75,7 @@ def in_another_order(folder: Path, out: Path, but: str = "no module") -> Path:
             order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(3))
             tensors[name] = groups[order].contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    known = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    known = models.quantization_of(out)
     models.edit_json(out / "config.json", quantization_config={**known, "desc_act": True})
     return out
 

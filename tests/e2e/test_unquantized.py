@@ -21,9 +21,8 @@ from fewbit.models.decoding import compiled_blocks, unquantized
 from fewbit.models.decoding.stand_in import PLACE
 from fewbit.system import native
 from tests import models
-from tests.e2e.test_compiled_blocks import apart, ids_of, llama, outputs
+from tests.e2e.test_compiled_blocks import apart, ids_of, outputs
 
-__all__ = ["llama"]  # a fixture
 pytestmark = [
     pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library"),
     pytest.mark.usefixtures("rounded_activations"),

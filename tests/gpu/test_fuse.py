@@ -32,12 +32,6 @@ LENGTH = 48
 OVERRIDDEN = ("phi3",)  # which prepares its inputs itself, so that transformers' loop writes its texts
 
 
-def greedy(model: Any, ids: Tensor, new: int = 24) -> list[list[int]]:
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
-    return [[int(token) for token in row] for row in out]
-
-
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32"])
 def test_the_text_is_the_same_token_for_token(family: str, scheme: str, tmp_path: Path) -> None:
@@ -51,7 +45,7 @@ def test_the_text_is_the_same_token_for_token(family: str, scheme: str, tmp_path
         fused = fewbit.load(tmp_path / "out", dtype=torch.float32, device="cuda", fuse=LENGTH)
     decoder: Decoder = fused.generate.__self__
     for prompt in (ids, ids.flip(1), ids[:1]):
-        assert greedy(fused, prompt) == greedy(plain, prompt)
+        assert models.greedy(fused, prompt) == models.greedy(plain, prompt)
         if decoder.static and family not in OVERRIDDEN:
             assert step_of(decoder).greedy.recorded is not None  # not given up
         elif decoder.static:
@@ -157,12 +151,12 @@ def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
     ids = torch.randint(3, models.VOCAB, (1, 9), generator=torch.Generator().manual_seed(1)).cuda()
     quantize.quantize(models.save(tmp_path / "original", "llama"), tmp_path / "out", plan=find("int8"))
     plain = fewbit.load(tmp_path / "out", dtype=torch.float16, device="cuda", kernel="llm_int8")
-    expected = greedy(plain, ids)
+    expected = models.greedy(plain, ids)
     fused = fewbit.load(tmp_path / "out", dtype=torch.float16, device="cuda", kernel="llm_int8", fuse=LENGTH)
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
-        got = greedy(fused, ids)
+        got = models.greedy(fused, ids)
     assert got == expected
-    assert greedy(fused, ids) == expected  # and without a word the second time
+    assert models.greedy(fused, ids) == expected  # and without a word the second time
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.randn(2, device="cuda").isfinite().all()  # the random generator does not count as recording
 

@@ -1,12 +1,15 @@
-"""Fixtures of several modules: the CPU library, with each set of instructions that this machine has."""
+"""Fixtures of several modules: the CPU library with each set of instructions, and what is printed on stderr."""
 
 from __future__ import annotations
 
 import ctypes
+import io
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
+from fewbit.report import text as report_text
 from fewbit.system import native
 
 
@@ -24,3 +27,11 @@ def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterat
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
     library.fewbit_force(None)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed on stderr, which is no terminal."""
+    buffer = io.StringIO()
+    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=160, highlight=False))
+    return buffer

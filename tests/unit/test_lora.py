@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,12 @@ from fewbit.schemes.base import QTensor, parse
 from tests import models
 from tests.contract.cases import EXAMPLES, ordinary, quantized, served, several_groups
 
-# What PEFT itself calls, transformers has given newer names.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    # What PEFT itself calls, transformers has given newer names.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 IDS = torch.randint(3, models.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(spec: str, family: str = "llama", permuted: bool = False) -> tuple[Any, Any]:

@@ -18,14 +18,6 @@ from fewbit.report import progress
 from fewbit.report import text as report_text
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is printed on stderr, which is no terminal."""
-    buffer = io.StringIO()
-    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=160, highlight=False))
-    return buffer
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

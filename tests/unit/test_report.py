@@ -31,14 +31,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return buffer
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is printed on stderr, which is no terminal."""
-    buffer = io.StringIO()
-    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=160, highlight=False))
-    return buffer
-
-
 QUALITY = Quality(
     tokens=12345,
     windows=8,
