@@ -16,6 +16,8 @@ from tokenizers import models as token_models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
+
 VOCAB = 288  # 256 bytes, three special tokens, and merges
 CONTEXT = 128
 CHAT = (
@@ -203,6 +205,14 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     """The quantization_config in config.json."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return found
+
+
+def empty_adapter(folder: Path) -> Path:
+    """A folder with the files of an adapter, which hold nothing."""
+    folder.mkdir(exist_ok=True)
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        (folder / name).touch()
+    return folder
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -118,17 +118,6 @@ def file(name: str, value: Any) -> str | Path:
     return given
 
 
-def texts(name: str, value: Any) -> str | tuple[str, ...]:
-    """A text argument of `calibration.load_text`: the name of a text, the path of a file, or a list of texts."""
-    if isinstance(value, (str, os.PathLike)):
-        return str(path(name, value))
-    if not isinstance(value, Sequence) or isinstance(value, bytes) or not all(isinstance(each, str) for each in value):
-        raise invalid(name, value, "the name of a text, a .txt, .jsonl or .json file, or a list of texts")
-    if not any(each.strip() for each in value):
-        raise invalid(name, value, "at least one text that is not empty")
-    return tuple(value)
-
-
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 

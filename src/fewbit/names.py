@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
 
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
@@ -55,6 +55,17 @@ def check(name: str | Path) -> None:
     raise PlanError(
         f"model {name}: no such {kind}", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
     )
+
+
+def check_adapter(place: Path) -> None:
+    """PlanError if there is no adapter; FormatError if it is a folder without PEFT's files."""
+    if place.is_file():
+        return
+    if not place.is_dir():
+        raise PlanError(f"adapter {place}: no such folder", f"Give the folder that holds {ADAPTER}, or a .gguf file.")
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        if not (place / name).is_file():
+            raise FormatError(f"adapter {place} has no {name}", "An adapter is a folder that PEFT has written.")
 
 
 def in_short(modules: Iterable[str]) -> str:

@@ -595,12 +595,13 @@ def test_a_linked_output_stays_a_link(sound: Path, tmp_path: Path, place: Path, 
 def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     """Found first: the text for training and the plan for a folder are wrong too, and not yet looked at."""
     (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere" / "out")
-    (tmp_path / "file").touch()
+    for name in ("file", "empty.txt"):
+        (tmp_path / name).touch()
     before = sorted(tmp_path.iterdir())
     out = str(tmp_path / where) if where.endswith(".gguf") else where
     if verb == "imatrix" and where == "/proc/out":
         out += ".gguf"
-    flags = {"finetune": ("--data", "none.txt"), "quantize": ("--plan", "q4_0")}.get(verb, ())
+    flags = {"finetune": ("--data", tmp_path / "empty.txt"), "quantize": ("--plan", "q4_0")}.get(verb, ())
     flags = () if verb == "quantize" and not where.endswith(".gguf") else flags
     answer = fewbit(verb, sound, "-o", out, *flags)
     check(answer, 2, "expected a name or a path" if not where else out)

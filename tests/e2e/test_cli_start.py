@@ -139,6 +139,47 @@ LIGHT: list[tuple[int, str]] = [
     (2, "inspect ./nowhere"),
     (0, "cache"),
     (2, "cache --clear everything"),
+    (2, "evaluate tiny --text missing.txt"),
+    (2, "evaluate tiny --text here.pdf"),
+    (2, "evaluate tiny --tasks missing.yaml"),
+    (2, "evaluate tiny --reference tiny --reference-adapter missing"),
+    (2, "evaluate tiny --adapter missing"),
+    (3, "evaluate tiny --adapter other"),
+    (2, "chat tiny --adapter missing"),
+    (2, "serve tiny --adapter missing"),
+    (2, "generate tiny a --adapter missing"),
+    (2, "generate tiny a --image missing.png"),
+    (2, "merge tiny missing -o out"),
+    (2, "quantize tiny -o out --calibration wikitxt2"),
+    (2, "quantize tiny -o out --imatrix missing.gguf"),
+    (2, "quantize tiny -o lora.gguf/out"),
+    (2, "quantize tiny -o other"),
+    (2, "quantize tiny -o there --overwrite"),
+    (2, "imatrix tiny -o out.gguf --calibration missing.txt"),
+    (2, "finetune tiny --data missing.jsonl -o out"),
+    (2, "compare tiny --text missing.txt"),
+    (2, "compare tiny --calibration missing.txt"),
+    (2, "compare tiny -o out.gguf"),
+    (2, "compare tiny -o other"),
+    (2, "compare tiny -o here.pdf"),
+    (2, "tune tiny --reference tiny -o out.gguf"),
+    (2, "tune packed.gguf --reference tiny -o out"),
+    (2, "tune tiny --reference tiny -o out --calibration missing.txt"),
+    (2, "convert tiny --to awq -o out --plan awq-4bit"),
+    (2, "convert tiny --to awq -o out --text pydoc"),
+    (2, "convert tiny --to awq -o out --samples 3"),
+    (2, "convert tiny --to awq -o out --base tiny"),
+    (2, "convert tiny --to awq -o out --set a=b"),
+    (2, "convert tiny --to awq -o out --requantize"),
+    (2, "convert tiny --to awq -o out --requantize --plan q4_k_m"),
+    (2, "convert tiny --to awq --dry-run --plan awq-4bit"),
+    (2, "push other not-a-name"),
+    (2, "push other org/na+me"),
+    (2, "push missing org/name"),
+    (2, "push tiny org/name"),
+    (2, "push other org/name --report there"),
+    (3, "recommend tiny --for edge --report missing"),
+    (2, "recommend tiny --for edge --memory much"),
     (2, "run -- no-such-command"),
 ]
 RUN = """
@@ -194,7 +235,9 @@ def in_folder_of_torch(version: str, folder: Path, *code: str) -> subprocess.Com
 def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"text_config": {"vocab_size": 7}}', encoding="utf-8")
-    (tmp_path / "lora.gguf").write_bytes(b"")
+    (tmp_path / "there").mkdir()
+    for name in ("lora.gguf", "packed.gguf", "here.pdf", "there/photo.jpg"):
+        (tmp_path / name).write_bytes(b"")
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(LIGHT)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )

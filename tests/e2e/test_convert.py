@@ -524,7 +524,7 @@ def test_a_dry_run_writes_nothing_and_has_exact_bytes(fewbit: Fewbit, model: Pat
     ("flags", "words"),
     [
         (("--plan", "nf4"), "--plan has no effect without --requantize"),
-        (("--imatrix", "x.gguf"), "--imatrix has no effect without --requantize"),
+        (("--imatrix", __file__), "--imatrix has no effect without --requantize"),
         (("--text", "tiny"), "--text has no effect without --requantize"),
         (("--length", "32"), "--length has no effect without --requantize"),
         (("--samples", "4"), "--samples has no effect without --requantize"),

@@ -413,7 +413,7 @@ def test_an_adapter_is_of_the_architecture_of_its_base(tmp_path: Path, fewbit: F
 UNUSED: list[tuple[str, list[Any]]] = [
     ("--requantize", []),
     ("--plan", ["q4_k_m"]),
-    ("--imatrix", ["x.gguf"]),
+    ("--imatrix", [__file__]),
     ("--text", ["tiny"]),
     ("--length", [32]),
     ("--samples", [4]),

@@ -22,7 +22,9 @@ from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.plans.plan import PRESETS, find
+from fewbit.texts import sources
 from fewbit.texts.calibration import Calibration
+from tests import models
 
 VERBS = tuple(name for name in fewbit.__all__ if name[0].islower() and name != "prefer")
 GIVEN: dict[str, Any] = {
@@ -30,7 +32,6 @@ GIVEN: dict[str, Any] = {
     "out": "out",
     "prompt": "a",
     "data": "pydoc",
-    "adapter": "a",
     "purpose": "edge",
     "to": "awq",
     "reference": "tiny",
@@ -49,8 +50,9 @@ def call(verb: str, **more: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(GIVEN, "adapter", models.empty_adapter(tmp_path_factory.mktemp("adapter")))
     return tmp_path
 
 
@@ -140,8 +142,8 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
         (checks.dtype, "bf16", torch.bfloat16),
         (checks.dtype, "auto", "auto"),
         (checks.path, Path("a"), Path("a")),
-        (checks.texts, Path("a.txt"), "a.txt"),
-        (checks.texts, ["a", "b"], ("a", "b")),
+        (sources.checked, Path("pydoc"), "pydoc"),
+        (sources.checked, ["a", "b"], ("a", "b")),
         (checks.integer(1), numpy.int64(3), 3),
         (checks.number, numpy.float32(0.5), 0.5),
         (arguments.plan, "nf4", PRESETS["nf4"]),
@@ -166,7 +168,8 @@ def test_home_folders_are_completed(place: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(PlanError, match=r"~new/a: there is no home folder ~new\nWrite ./~new/a"):
         checks.path("out", "~new/a")
     assert find("~/mine.json") == plan
-    assert Loading(adapter="~/a").adapter == f"{place}/a"
+    models.empty_adapter(place / "lora")
+    assert Loading(adapter="~/lora").adapter == f"{place}/lora"
     fewbit.quantize("tiny", "~/out", plan="~/mine.json")
     assert (place / "out" / "fewbit.json").is_file()
 

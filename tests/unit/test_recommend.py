@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit import PlanError, registry
+from fewbit import PlanError, checks, registry
 from fewbit.advise import fitting
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
@@ -229,8 +229,8 @@ def test_a_stated_loss() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"memory": "much"}, "not an amount of memory"),
-        ({"memory": "0GB"}, "not an amount of memory"),
+        ({"memory": "much"}, "memory='much': expected a size such as 8GB"),
+        ({"memory": "0GB"}, "memory='0GB': expected a size such as 8GB"),
         ({"max_kl": -1.0}, "greater than 0"),
         ({"target": "onnx"}, "unknown target"),
     ],
@@ -251,7 +251,7 @@ def test_bad_models_and_purposes() -> None:
     ("text", "count"), [("8GB", 8e9), ("8 GiB", 8 * 2**30), ("512mb", 512e6), ("1000", 1000), ("1.5g", 1.5e9)]
 )
 def test_amounts_of_memory(text: str, count: float) -> None:
-    assert recommending.nbytes(text) == count
+    assert checks.size("memory", text) == count
 
 
 def test_the_table_has_every_preset_once_and_follows_a_report() -> None:
@@ -395,7 +395,7 @@ def test_the_loss_between_plans_is_on_the_lowest_line() -> None:
     ("options", "words"),
     [
         ({"fit": "12MB"}, "`memory` and `fit` are given"),
-        ({"memory": None, "fit": "12XB"}, "fit=12XB: not an amount of memory"),
+        ({"memory": None, "fit": "12XB"}, "fit='12XB': expected a size such as 8GB"),
         ({"memory": None, "fit": "12MB", "batch": 2}, "batch=2.* is given with `fit`"),
         ({"measure": True}, "`measure` is given without `fit`"),
         ({"memory": None, "fit": "12MB", "calibration": Calibration(samples=2)}, "without `measure`"),

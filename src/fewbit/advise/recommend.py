@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from fewbit import units
 from fewbit.advise.estimate import Estimate, PlanEstimate
 from fewbit.advise.fitting import Fitted, Losses
 from fewbit.advise.rules import check, rules
@@ -115,13 +114,6 @@ def priors() -> dict[str, Any]:
 
     `sizes`: the same for types that were chosen for the size of the plan."""
     return dict(json.loads((Path(__file__).parent / "priors.json").read_text(encoding="utf-8")))
-
-
-def nbytes(text: str, name: str = "memory") -> int:
-    """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError that names the argument otherwise."""
-    if (found := units.nbytes(text)) is None:
-        raise PlanError(f"`{name}={text}`: not an amount of memory", "Write it as 8GB, 8GiB or 512MB.")
-    return found
 
 
 @dataclass(frozen=True)

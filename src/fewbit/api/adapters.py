@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from fewbit.api import arguments, evaluate, quantize, splitting
+from fewbit.api import arguments, evaluate, quantize, requested, splitting
 from fewbit.api.arguments import Device, DType, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
-from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.formats.containers.safetensors import writing as safetensors_errors
 from fewbit.measure import memory
@@ -68,7 +67,7 @@ def finetune(
     elapsed = timing.timed()
     with ranks.joined(device) as device:
         out = publish.named(out)
-        arguments.check_finetuned(out)
+        requested.check_finetuned(out)
         if ranks.first():
             publish.check_output(out, overwrite=overwrite)
         loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
@@ -188,7 +187,7 @@ def merge(
     elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
     if plan is None:
-        arguments.check_merged(out)
+        requested.check_merged(out)
     if plan is None and imatrix is not None:
         raise PlanError(
             f"`imatrix={imatrix}`: without a plan merge quantizes nothing", "Give a plan, or omit `imatrix`."
@@ -296,26 +295,6 @@ def merge(
     )
 
 
-def is_adapter(place: str | Path) -> bool:
-    """Whether this is the folder of an adapter."""
-    folder = Path(place)
-    return (folder / ADAPTER).is_file() and not (folder / "config.json").exists()
-
-
-def check_kind(place: str | Path, to: str) -> None:
-    """PlanError unless `to=peft` is given for a GGUF file with a LoRA, and only for one."""
-    file = Path(place).absolute()
-    found = file.is_file() and is_gguf(file) and GgufFile(file).metadata.get("general.type") == "adapter"
-    if to != PEFT:
-        if found:
-            raise PlanError(f"a LoRA in a GGUF file is converted with `to={PEFT}`: {file}", f"Give `to={PEFT}`.")
-        return
-    if not file.exists():
-        raise PlanError(f"{file}: no such file", "Give a GGUF file with a LoRA.")
-    if not found:
-        raise PlanError(f"{file} is no GGUF file with a LoRA, which `to={PEFT}` makes a folder of", "Give such a file.")
-
-
 def as_gguf(
     adapter: str | Path, out: str | Path, base: str | Path | None, *, overwrite: bool, trust_remote_code: bool
 ) -> Converted:
@@ -366,7 +345,7 @@ def as_peft(
     base: its model, which a file does not name. PlanError, before any work, if the LoRA is for another model.
     """
     elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).absolute()
-    arguments.check_as_peft(out)
+    requested.check_as_peft(out)
     publish.check_output(out, overwrite=overwrite, file=False)
     check_adapter(file)
     if base is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from fewbit import checks
 from fewbit.advise import estimate as estimates
 from fewbit.advise import filling, fitting, precision, speeds
 from fewbit.advise import memory as memories
@@ -121,7 +122,7 @@ def recommend(
             f"{model} is a size, not a model",
             f"recommend needs a config.json. For a size, run: fewbit estimate {model}",
         )
-    given = memory if isinstance(memory, int) else recommending.nbytes(memory, named) if memory is not None else None
+    given = None if memory is None else checks.size(named, memory)
     measured = report if isinstance(report, Comparison) or report is None else Comparison.read(report)
     source = outlined(model)
     if source.quantization is not None:

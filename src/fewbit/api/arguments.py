@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names
-from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number, path, size, text, texts
+from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number, path, size, text
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
 from fewbit.errors import ArgumentError, FormatError, PlanError
+from fewbit.measure import tasks as measured
 from fewbit.methods.base import option_types
 from fewbit.models.decoding.sampling import Sampling
-from fewbit.models.loading import Loading
+from fewbit.models.loading import Loading, adapter
 from fewbit.plans.budget import Budget
 from fewbit.plans.plan import Plan, find
 from fewbit.settings import checks_of
 from fewbit.system import publish, ranks
 from fewbit.system.files import parse_json
+from fewbit.texts import sources
 from fewbit.texts.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -126,6 +128,24 @@ def model(name: str, value: Any) -> str | Path:
     return given
 
 
+def repo(name: str, value: Any) -> str:
+    """The name of a repository of the Hub, with its owner."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, by its documentation
+
+    try:
+        validate_repo_id(text(name, value))
+        reason = "" if value.count("/") == 1 else "it has no owner"
+    except HFValidationError as error:
+        reason = str(error).partition("\n")[0]
+    if reason:
+        raise PlanError(
+            f"`{name}={value}` is no name of a repository: {reason}",
+            "Give OWNER/NAME; OWNER is a user or an organization.",
+        )
+    return str(value)
+
+
 def _begins(place: Path) -> bool:
     """Whether a file begins as GGUF files do, or cannot be read. Its reader says what else is wrong."""
     try:
@@ -135,17 +155,23 @@ def _begins(place: Path) -> bool:
         return True
 
 
-def mmproj(name: str, value: Any) -> str | Path:
-    """A GGUF file here or of the Hub."""
+def existing(name: str, value: Any) -> str | Path:
+    """A file that exists."""
     given = file(name, value)
-    if not os.path.isfile(given) and names.hub_file(str(given)) is None:
+    if not os.path.isfile(given):
         raise PlanError(f"`{name}={given}`: there is no such file")
     return given
 
 
+def mmproj(name: str, value: Any) -> str | Path:
+    """A GGUF file here or of the Hub."""
+    given = file(name, value)
+    return given if names.hub_file(str(given)) is not None else existing(name, value)
+
+
 def calibration(name: str, value: Any) -> Calibration | str | tuple[str, ...]:
     """A Calibration, or only its text. `calibrated` adds the verb's default settings to a text."""
-    return value if isinstance(value, Calibration) else texts(name, value)
+    return value if isinstance(value, Calibration) else sources.checked(name, value)
 
 
 def calibrated(given: Calibration | Texts | None, usual: Calibration | None = None) -> Calibration:
@@ -186,7 +212,9 @@ def tasks(name: str, value: Any) -> tuple[str, ...]:
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not value or not all(isinstance(each, (str, os.PathLike)) for each in value):
         raise invalid(name, value, "a list of names of tasks, or of .yaml files")
-    return tuple(dict.fromkeys(str(path(name, each)) for each in value))
+    found = tuple(dict.fromkeys(str(path(name, each)) for each in value))
+    measured.check(found)
+    return found
 
 
 def effort(name: str, value: Any) -> str:
@@ -198,7 +226,7 @@ def effort(name: str, value: Any) -> str:
 def images(name: str, value: Any) -> tuple[Any, ...]:
     """One image or several: files, or images of pillow."""
     each = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
-    return tuple(one if hasattr(one, "convert") else file(name, one) for one in each)
+    return tuple(one if hasattr(one, "convert") else existing(name, one) for one in each)
 
 
 def keys(name: str, value: Any) -> dict[str, str]:
@@ -209,39 +237,6 @@ def keys(name: str, value: Any) -> dict[str, str]:
         if all(len(each) == 2 and all(isinstance(part, str) for part in each) for each in split):
             return dict(split)
     raise invalid(name, value, "KEY=VALUE, or a dictionary of keys and their values as text")
-
-
-def check_finetuned(out: str | Path) -> None:
-    """PlanError if `out` of finetune cannot be a folder."""
-    publish.check_folder(out, "finetune makes a folder", "`fewbit convert --to gguf` makes a file of an adapter.")
-
-
-def check_merged(out: str | Path) -> None:
-    """PlanError if `out` of a merge without a plan cannot be a folder."""
-    publish.check_folder(out, "without a plan merge makes a folder", "Or give a plan for GGUF, such as `plan=q4_k_m`.")
-
-
-def check_as_peft(out: str | Path) -> None:
-    """PlanError if `out` of a conversion to PEFT's layout cannot be a folder."""
-    publish.check_folder(out, "`to=peft` makes a folder")
-
-
-def check_split(file: bool) -> None:
-    """PlanError if the output, which is to be split, is not a file."""
-    if not file:
-        raise PlanError(
-            "`max_shard` splits GGUF files, and this output is a folder",
-            "A folder has its weights in shards already. Leave `max_shard` out.",
-        )
-
-
-def check_evaluation(**given: Any) -> None:
-    """PlanError for options of `evaluate` that do not go together. given: its arguments."""
-    for option, other in (("reference_adapter", "reference"), ("limit", "tasks")):
-        if given[option] is not None and given[other] is None:
-            raise PlanError(f"`{option}` without `{other}`", f"Give `{other}` too.")
-    if given["record"] and given["adapter"] is not None:
-        raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
 
 
 def sampling(name: str, value: Any) -> Sampling:
@@ -280,7 +275,11 @@ def optimization(name: str, value: Any) -> Optimization:
 
 
 def memory(name: str, value: Any) -> str | int:
-    return value if isinstance(value, str) and value else integer(1, 2**63 - 1)(name, value)
+    """An amount of memory, as it is given: the plan of `fit` has it in its name."""
+    if not isinstance(value, str):
+        return integer(1, 2**63 - 1)(name, value)
+    size(name, value)
+    return value
 
 
 def report(name: str, value: Any) -> Any:
@@ -290,12 +289,13 @@ def report(name: str, value: Any) -> Any:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **checks_of(Loading),
-    **dict.fromkeys(("out", "reference_adapter"), path),
+    "out": path,
+    "reference_adapter": adapter,
     **dict.fromkeys(("model", "reference", "base"), model),
-    "imatrix": file,
+    "imatrix": existing,
     "mmproj": mmproj,
-    **dict.fromkeys(("text", "data"), texts),
-    **dict.fromkeys(("prompt", "repo", "revision", "message"), text),
+    **dict.fromkeys(("text", "data"), sources.checked),
+    **dict.fromkeys(("prompt", "revision", "message"), text),
     **dict.fromkeys(("purpose", "target", "cache", "to"), lambda name, value: text(name, value).lower()),
     **dict.fromkeys(("samples", "length", "context", "batch", "limit", "max_new_tokens"), integer(1)),
     "effort": effort,
@@ -311,6 +311,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "plan": plan,
     "plans": plans,
     "progress": progress,
+    "repo": repo,
     "report": report,
     "sampling": sampling,
     "seed": integer(0, MAX_SEED),

@@ -25,10 +25,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from fewbit.advise import doctor, speeds
-from fewbit.api import arguments
+from fewbit.api import arguments, requested
 from fewbit.api.arguments import SAMPLES, Device, checked
 from fewbit.checks import Texts
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError
 from fewbit.measure import speed
 from fewbit.measure.comparison import (
     FILE,
@@ -55,7 +55,7 @@ from fewbit.report import page
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report
 from fewbit.stats import Need
-from fewbit.system import locks, publish, timing
+from fewbit.system import locks, timing
 from fewbit.system import machine as system_machine
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json
@@ -104,7 +104,7 @@ def compare(
     calibration = arguments.calibrated(calibration, COMPARED)
     found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
     wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
-    folder = None if out is None else report_folder(publish.check_writable(out))
+    folder = None if out is None else requested.report_folder(out)
     source = locate(model)
     asked = _asked(source, wanted, calibration, text, samples, length, prompt, trust_remote_code)
     machine = _machine(device)
@@ -135,21 +135,6 @@ def compare(
     if folder is not None:
         write(compared, folder)
     return compared
-
-
-def report_folder(out: str | Path) -> Path:
-    """Return `out` as a path. PlanError unless it is a new or empty folder, or holds an earlier report of fewbit."""
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file, not a folder", "Give another `out`.")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / FILE).exists():
-            raise PlanError(f"{out} is not empty, and holds no {FILE}", "Give another `out`.")
-        try:
-            Comparison.read(out)
-        except FormatError as error:
-            raise PlanError(f"{out} cannot be replaced: {error.message}", "Give another `out`.") from None
-    return out
 
 
 def write(compared: Comparison, folder: Path) -> None:

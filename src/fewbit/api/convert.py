@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewbit.api import adapters, arguments, evaluate, quantize, records, splitting
+from fewbit.api import adapters, arguments, evaluate, quantize, records, requested, splitting
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
@@ -26,7 +26,7 @@ from fewbit.pipeline import conversion, replacing, sizes, write_folder, write_gg
 from fewbit.pipeline.conversion import Conversion
 from fewbit.pipeline.job import Preview, evaluated, left_behind
 from fewbit.plans import targets
-from fewbit.plans.plan import Assignment, Plan
+from fewbit.plans.plan import Assignment
 from fewbit.plans.targets import Target
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
@@ -36,14 +36,6 @@ from fewbit.texts import sources
 from fewbit.texts.calibration import Calibration as Calibration
 
 _KEPT = ("plan", "calibration", "tensors", "model", "origin", "original_bytes", "bits_per_weight", "share", "source")
-_ANEW = ("plan", "calibration", "imatrix", "text", "length", "samples")  # used by `requantize` only
-# The values with which an option is not given. Default: None
-_UNSET: dict[str, tuple[Any, ...]] = {
-    "requantize": (False,),
-    "calibration": (None, Calibration()),
-    "samples": (SAMPLES,),
-    "set": (None, {}),
-}
 
 
 @checked
@@ -81,23 +73,18 @@ def convert(
     base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names. A LoRA in a
     folder is converted to "gguf", and one in a GGUF file to "peft".
     """
-    adapters.check_kind(model, to)
     measured_on = {"text": text, "length": length, "samples": samples}
     anew: dict[str, Any] = {"plan": plan, "calibration": calibration, "imatrix": imatrix, **measured_on}
-    _refuse_unused(model, to, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
+    requested.check_conversion(model, to, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
     if to == PEFT:
         return adapters.as_peft(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    if adapters.is_adapter(model):
-        if to != "gguf":
-            raise PlanError(f"{model} is an adapter, which can be converted to a GGUF file only", "Give `to=gguf`.")
+    if requested.is_adapter(model):
         return adapters.as_gguf(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
     limit = None if max_shard is None else int(max_shard)
-    if set and requantize:
-        raise PlanError("`set` and `requantize=True` are given", "Give one of them.")
     target, source = targets.find(to), locate(model, safetensors_only=safetensors_only)
     if requantize:
         wanted = quantize.Request(
-            plan=_plan(plan, target, to),
+            plan=requested.requantizing(plan, target, to),
             calibration=arguments.calibrated(calibration),
             imatrix=imatrix,
             max_shard=limit,
@@ -134,11 +121,9 @@ def preview(
 
     It has the options of a `convert` without `requantize`, and refuses those that `convert` refuses.
     """
-    adapters.check_kind(model, to)
-    if to == PEFT or adapters.is_adapter(model):
-        raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     anew = {"plan": plan, "calibration": calibration, "imatrix": imatrix}
-    _refuse_unused(model, to, **anew, text=text, length=length, samples=samples, base=base)
+    measured_on = {"text": text, "length": length, "samples": samples}
+    requested.check_conversion(model, to, preview=True, **anew, **measured_on, max_shard=max_shard, set=set, base=base)
     target, source = targets.find(to), locate(model, safetensors_only=safetensors_only)
     limit = None if max_shard is None else int(max_shard)
     if _copies(source, target, set, limit):
@@ -176,34 +161,10 @@ def _previewed_copy(source: Source, set: Mapping[str, str], max_shard: int | Non
     )
 
 
-def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
-    """The plan of a conversion with `requantize`. PlanError if there is none, or if it makes another format."""
-    if plan is None:
-        raise PlanError("`requantize=True` without a plan", "Give `plan`; fewbit list shows all plans.")
-    found = arguments.plan("plan", plan)
-    if found.format != to:
-        hint = "Give a plan for this format." if not target.variant else f"Give `to={target.format.name}`."
-        raise PlanError(f"`to={to}`, but plan {found.name} makes {found.format}", hint)
-    return found
-
-
-def _refuse_unused(model: str | Path, to: str, **options: Any) -> None:
-    """PlanError for an option that is given, but has no effect on `model`."""
-    given = [name for name, value in options.items() if value not in _UNSET.get(name, (None,))]
-    if to == PEFT or adapters.is_adapter(model):
-        if unused := [name for name in given if name != "base"]:
-            raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
-    elif "base" in given:
-        raise PlanError(f"`base` without an adapter: {model} is not the folder of one", "Leave out `base`.")
-    elif "requantize" not in given and (unused := [name for name in given if name in _ANEW]):
-        raise PlanError(f"`{unused[0]}` has no effect without `requantize=True`", "A conversion computes nothing anew.")
-
-
 def _copies(source: Source, target: Target, set: Any, max_shard: int | None) -> bool:
     """Whether the output is a copy of a GGUF file with other keys or parts. PlanError if `set` is given in vain."""
     between_files = source.gguf is not None and bool(target.format.suffix)
-    if set and not between_files:
-        raise PlanError("`set` changes keys in a copy of a GGUF file", "Convert first, and then set them in the file.")
+    requested.check_set(set, between_files=between_files)
     return between_files and bool(set or max_shard is not None or len(source.files) > 1)
 
 

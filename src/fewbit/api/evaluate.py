@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewbit.api import arguments, records
+from fewbit.api import records, requested
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
 from fewbit.errors import PlanError
@@ -63,7 +63,7 @@ def evaluate(
     the extra `fewbit[tasks]`. limit: number of examples of each task; None: all.
     record: also write the result into the record and the model card of `model`, an output of fewbit.
     """
-    arguments.check_evaluation(
+    requested.check_evaluation(
         reference=reference,
         reference_adapter=reference_adapter,
         adapter=adapter,

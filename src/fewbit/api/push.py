@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by its documentation
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
-    validate_repo_id,
 )
 
-from fewbit.api import records, shared
+from fewbit.api import records, requested, shared
 from fewbit.api.arguments import checked
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
@@ -41,15 +39,12 @@ from fewbit.models.calls import first_line
 from fewbit.models.describe import describe
 from fewbit.models.scales import FILE as SCALES
 from fewbit.models.source import Source, locate
-from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.report import progress as report_progress
 from fewbit.report.card import model_card
 from fewbit.report.results import Pushed
 from fewbit.system import ambient, locks, publish
-from fewbit.system.cache import cache_folder
 from fewbit.system.publish import RECORD
-
-_CHARTS = ("quality-size.png", "quality-size.svg")  # of a report of `compare`; the Hub shows both
 
 
 @dataclass(frozen=True)
@@ -113,54 +108,19 @@ def preview(model: str | Path, repo: str, *, report: str | Path | None = None) -
 
 def _prepared(model: str | Path, repo: str, report: str | Path | None) -> _Upload:
     """The files to upload, all of them checked. PlanError or FormatError if something is missing."""
-    _check_name(repo)
-    if isinstance(model, str) and model in (EMBEDDED, DEMO):
-        raise PlanError(f"{model} is a model of fewbit, not an output", "Give the folder or file to upload.")
+    requested.check_upload(model, report)
     path = Path(model).absolute()
-    _check_place(path, str(model))
     if (path / ADAPTER).is_file():
-        if report is not None:
-            raise PlanError("`report`: an adapter's card has no chart", "Omit it.")
         upload = _of_adapter(path, repo)
     else:
         source = locate(path)
         record = describe(source).made
         made = _of_folder if source.gguf is None else _of_gguf
-        upload = made(source, repo, record, _chart(report))
+        upload = made(source, repo, record, requested.chart(report))
     own = shared.own_places(path)
     for name, each in upload.files.items():
         shared.check_nothing_private(name, each, own, get_token(), cut=name in upload.cuts)
     return upload
-
-
-def _check_name(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-        reason = "" if repo.count("/") == 1 else "it has no owner"
-    except HFValidationError as error:
-        reason = first_line(error)
-    if reason:
-        raise PlanError(
-            f"`repo={repo}` is no name of a repository: {reason}",
-            "Give OWNER/NAME; OWNER is a user or an organization.",
-        )
-
-
-def _check_place(path: Path, name: str) -> None:
-    """PlanError if there is no finished model at `path`."""
-    if not path.exists():
-        raise PlanError(f"{name}: no such folder or file", "Give the output of fewbit quantize.")
-    if path.is_file():
-        return
-    if (path / ADAPTER).is_file():
-        if not (path / ADAPTER_WEIGHTS).is_file():
-            raise FormatError(f"{name} is an adapter without {ADAPTER_WEIGHTS}", "Save it as safetensors.")
-        return
-    unfinished = list(path.glob("block-*.safetensors")) or re.search(r"^\..*\.fewbit-\w+$", path.name)
-    if unfinished or path.resolve().is_relative_to((cache_folder() / "runs").resolve()):
-        raise PlanError(f"{name} is an unfinished run", "Repeat the command that made it: it resumes.")
-    if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
-        raise PlanError(f"{name} is not a model: it has no config.json", "Give the output of fewbit quantize.")
 
 
 def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | None) -> _Upload:
@@ -225,17 +185,6 @@ def _of_gguf(source: Source, repo: str, record: dict[str, Any], chart: Path | No
             notes.append(f"of the paths of this machine in {file.name}, only the last part is uploaded")
             cuts[file.name] = partial(replace_strings, strings=keys)
     return _Upload(repo, source.origin.name, dict(sorted(files.items())), notes, cuts, gguf=True)
-
-
-def _chart(report: str | Path | None) -> Path | None:
-    """The chart of a comparison's report. PlanError if there is none."""
-    if report is None:
-        return None
-    folder = Path(report)
-    found = next((folder / name for name in _CHARTS if (folder / name).is_file()), None)
-    if found is None:
-        raise PlanError(f"`report={report}` has no chart", "Give the folder of a report: fewbit compare -o REPORT.")
-    return found
 
 
 def _added(files: dict[str, Path | bytes], chart: Path | None) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from fewbit import units
 from fewbit.advise.memory import activation_peak, cache_bytes, use_of
-from fewbit.api import arguments, effort, records, splitting
+from fewbit.api import arguments, effort, records, requested, splitting
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
@@ -352,7 +352,7 @@ def preview(
     where = machine.device(device) if budget is not None and budget.given else "cpu"
     job = Job.prepare(source, wanted, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
     if max_shard is not None:
-        arguments.check_split(job.single_file)
+        requested.check_split(job.single_file)
     if not job.single_file and (budget is None or not budget.given):
         return job.preview()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)

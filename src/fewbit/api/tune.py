@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.api import arguments, end_to_end, quantize, records
+from fewbit.api import arguments, end_to_end, quantize, records, requested
 from fewbit.api.arguments import Device, checked
 from fewbit.checks import Texts
 from fewbit.errors import NotBetter, PlanError
@@ -32,7 +32,6 @@ from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
 
-SELF = "self"  # the text that stands for those that the original writes
 _STATE = "state.safetensors"
 _KEPT = "The trained state is kept in the cache: the same call writes it."
 
@@ -72,7 +71,7 @@ def tune(
     load = end_to_end.Once(partial(load_model, original, loading, for_text=True))
     tokens, text = (
         _own_windows(given, original, tokenizer, load.first)
-        if given.text == SELF
+        if given.text == sources.SELF
         else windows(given, source, tokenizer)
     )
     split = tuning.Windows.of(tokens, text["text"], given.seed)
@@ -144,10 +143,7 @@ def _no_better(before: float, after: float) -> str:
 def _checked_output(out: Path, source: Source, original: Source, overwrite: bool) -> tuple[Path, bool]:
     """`out`, and whether it is a GGUF file. PlanError if it does not fit the model, or cannot be written."""
     out, file = publish.named(out), source.gguf is not None
-    if file and out.suffix != ".gguf":
-        raise PlanError(f"{out}: {source.name} is a GGUF file, and so is its copy", "Give an `out` that ends in .gguf.")
-    if not file and out.suffix == ".gguf":
-        raise PlanError(f"{out} would be a GGUF file, but {source.name} is a folder", "Give another `out`.")
+    requested.check_copy(out, source.name, file=file)
     if original.origin == source.origin:
         raise PlanError(
             f"`reference={original.name}` is the quantized model itself", "Give the model that it was quantized from."

@@ -31,10 +31,10 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on MODEL, quantized or not. MODEL itself does not change."""
-    from fewbit.api import arguments
+    from fewbit.api import requested
 
     need_peft()
-    arguments.check_finetuned(output)
+    requested.check_finetuned(output)
     learned = text_of(data) or data
     from fewbit.api import adapters
     from fewbit.report import text as report
@@ -81,11 +81,11 @@ def merge(
     """Add ADAPTER to MODEL's weights in 16 bits, quantize the result if --plan is given, and compare."""
     need_peft()
     measured = text_of(text)
-    from fewbit.api import arguments
+    from fewbit.api import requested
     from fewbit.plans.plan import find, is_file
 
     if plan is None:
-        arguments.check_merged(output)
+        requested.check_merged(output)
     else:
         is_file(output, find(plan))
     from fewbit.api import adapters

@@ -11,6 +11,7 @@ from fewbit.advise import rules
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Json, printed
 from fewbit.errors import PlanError
+from fewbit.measure.comparison import Comparison
 from fewbit.models.loading import Loading
 from fewbit.texts.calibration import Calibration
 
@@ -103,11 +104,12 @@ def recommend(
         if speed not in (None, "first"):
             raise PlanError(f"--speed {speed}", "Only --speed first is valid.")
         rules.check(purpose, target)
+    measured = None if report is None else Comparison.read(report)
     from fewbit.api import advise
     from fewbit.report import advice
 
     if model is None or purpose is None or table:
-        rows = advise.methods(report)
+        rows = advise.methods(measured)
         printed({"order": "kl", "methods": [asdict(row) for row in rows]}) if as_json else advice.methods(rows)
         return
     done = advise.recommend(
@@ -117,7 +119,7 @@ def recommend(
         max_kl=max_kl,
         speed_first=speed == "first",
         target=target,
-        report=report,
+        report=measured,
         fit=fit,
         measure=measure,
         calibration=None if calibration == Calibration() and not measure else calibration,

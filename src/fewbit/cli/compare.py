@@ -37,11 +37,14 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL by several plans, measure size, memory, speed and loss of each, and show them side by side."""
+    from fewbit.api import requested
     from fewbit.measure.comparison import ORIGINAL
     from fewbit.plans.plan import find_all
 
     wanted = [name.strip() for name in plans.split(",") if name.strip()]
     find_all(wanted, but=ORIGINAL)
+    if output is not None:
+        requested.report_folder(output)
     measured, asked = text_of(text), None if prompt is None else prompt_of(prompt)
     from fewbit.api import compare as comparing
     from fewbit.report import comparison

@@ -75,7 +75,7 @@ def convert(
     A model that is not quantized can become a GGUF file in 16 bits.
     """
     check_output(output, dry_run=dry_run)
-    from fewbit.api import arguments
+    from fewbit.api import requested
     from fewbit.plans import targets
 
     if (target := to.lower()) != names.PEFT:
@@ -83,27 +83,30 @@ def convert(
         if output is not None:
             targets.is_file(output, found, target)
     elif output is not None:
-        arguments.check_as_peft(output)
+        requested.check_as_peft(output)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
-    measured = text_of(text)
-    from fewbit.api import convert as api
-    from fewbit.report import text as report
-
     options: dict[str, Any] = {
-        "to": to,
         "plan": plan,
         "calibration": calibration,
         "imatrix": imatrix,
-        "text": measured,
+        "text": text,
         "length": length,
         "samples": samples,
         "max_shard": max_shard,
         "set": set,
         "base": base,
+    }
+    requested.check_conversion(model, target, preview=dry_run, requantize=requantize, **options)
+    options |= {
+        "to": to,
+        "text": text_of(text),
         "safetensors_only": safetensors_only,
         "trust_remote_code": loading.trust_remote_code,
     }
+    from fewbit.api import convert as api
+    from fewbit.report import text as report
+
     if dry_run:
         shown = api.preview(model, **options)
         printed(asdict(shown)) if as_json else report.preview(shown)

@@ -36,9 +36,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
-    from fewbit.api import arguments
+    from fewbit.api import requested
 
-    arguments.check_evaluation(
+    requested.check_evaluation(
         reference=reference,
         reference_adapter=reference_adapter,
         adapter=loading.adapter,

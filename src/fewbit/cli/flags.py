@@ -16,10 +16,11 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import typer
 
 from fewbit import checks
-from fewbit.cli.stdin import text_of
+from fewbit.cli.stdin import STDIN, text_of
 from fewbit.errors import in_flags
 from fewbit.settings import Settings
-from fewbit.system import publish
+from fewbit.system import publish, ranks
+from fewbit.texts import sources
 
 C = TypeVar("C", bound=Callable[..., None])
 _ARGUMENTS = {"output": "out", "image": "images"}  # the verbs' names of what commands call otherwise
@@ -41,7 +42,7 @@ class _Flag:
     @property
     def is_text(self) -> bool:
         """Whether the flag takes a text to calibrate on: a name, a file, or - for stdin."""
-        return self.field.metadata["check"] is checks.texts
+        return self.field.metadata["check"] is sources.checked
 
     def parameter(self, default: Any) -> inspect.Parameter:
         """The parameter that typer makes the flag from."""
@@ -61,6 +62,8 @@ class _Flag:
         """The value of the field, checked under the flag's name."""
         if str(self.field.type).startswith("tuple"):
             given = tuple(part.strip() for part in given.split(",") if part.strip())
+        if given == STDIN and self.is_text:
+            return given
         if given is not None or self.field.default is not None:
             found = self.field.metadata["check"](self.name, given)
             if self.field.metadata["check"] is checks.device:
@@ -95,11 +98,15 @@ def checked(command: C) -> C:
             for name, (_, flags) in groups.items()
         }
         for name, value in given.items():
+            if name in ("text", "data") and value == STDIN:
+                continue
             if value is not None and not isinstance(value, bool):  # typer has read flags
                 found = arguments.check(_ARGUMENTS.get(name, name), value)
                 given[name] = found if isinstance(found, str) else value  # a path is complete from here on
         if given.get("output") and "overwrite" in given and not given.get("dry_run"):
-            publish.check_free(given["output"], overwrite=given["overwrite"])
+            # Only one of several processes may try to make the output, as in the verb.
+            check = publish.check_free if ranks.silent() else publish.check_output
+            check(given["output"], overwrite=given["overwrite"])
         for name, (default, flags) in groups.items():
             values[name] |= {flag.field.name: text_of(values[name][flag.field.name]) for flag in flags if flag.is_text}
             given[name] = type(default)(**vars(default) | values[name])

@@ -29,6 +29,9 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload MODEL to the repository REPO of the Hugging Face Hub, with a model card."""
+    from fewbit.api import requested
+
+    requested.check_upload(model, report)
     from fewbit.api import push as api
     from fewbit.report import text
 

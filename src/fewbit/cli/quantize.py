@@ -57,7 +57,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a new folder or .gguf file."""
-    from fewbit.api import arguments
+    from fewbit.api import requested
     from fewbit.plans.plan import find, format_of, is_file
 
     chosen = find(plan)
@@ -68,7 +68,7 @@ def quantize(
     if output is not None:
         is_file(output, chosen)
     if max_shard is not None:
-        arguments.check_split(bool(format_of(chosen).suffix))
+        requested.check_split(bool(format_of(chosen).suffix))
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 

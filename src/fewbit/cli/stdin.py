@@ -7,17 +7,17 @@ import sys
 
 from fewbit.errors import PlanError
 
-_STDIN = "-"
+STDIN = "-"
 
 
 def text_of(value: str | None) -> str | tuple[str] | None:
     """The value of a text option. For -, the text on stdin as a tuple of one."""
-    return (stdin(),) if value == _STDIN else value
+    return (stdin(),) if value == STDIN else value
 
 
 def prompt_of(value: str) -> str:
     """The prompt. For -, the text on stdin without its final newline. UTF-8 in every locale."""
-    if value == _STDIN:
+    if value == STDIN:
         return stdin().removesuffix("\n")
     try:
         return os.fsencode(value).decode()

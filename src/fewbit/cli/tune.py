@@ -27,6 +27,9 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Train scales, norms and biases of the quantized MODEL to predict as its original."""
+    from fewbit.api import requested
+
+    requested.check_tuned(model, output)
     stated.check_vocabularies(reference, model)
     from fewbit.api import tune as api
     from fewbit.report import text as report

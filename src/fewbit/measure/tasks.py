@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
@@ -72,10 +72,7 @@ class Tasks:
     @classmethod
     def found(cls, wanted: Sequence[str], limit: int | None, bars: bool) -> Tasks:
         """The tasks of these names and files. It reads their data. PlanError if one is unknown, or has no data here."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise PlanError(
-                "`tasks` needs lm-evaluation-harness, which is not installed", "pip install 'fewbit[tasks]'"
-            )
+        check(wanted)
         with _quiet(bars):
             files = [_file(each) for each in wanted]
             manager = _manager(named=not all(each is not None and _is_whole(each) for each in files))
@@ -110,6 +107,14 @@ def beside(scores: Sequence[Score], reference: Sequence[Score]) -> list[Score]:
     return [
         Score(**{**vars(each), "reference": other.value, "reference_stderr": other.stderr}) for each, other in pairs
     ]
+
+
+def check(wanted: Iterable[str]) -> None:
+    """PlanError without the harness, or for the name of a file that does not exist."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PlanError("`tasks` needs lm-evaluation-harness, which is not installed", "pip install 'fewbit[tasks]'")
+    for name in wanted:
+        _file(name)
 
 
 def _file(name: str) -> Path | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit import registry
 from fewbit.checks import Device, DType, device, dtype, flag, integer, invalid, path
 from fewbit.errors import PlanError
+from fewbit.names import check_adapter
 from fewbit.settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ def need_peft() -> None:
         raise PlanError("adapters need the package peft", "pip install 'fewbit[finetune]'") from None
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_PEFT:
         raise PlanError(f"peft {version} is too old", "pip install --upgrade 'fewbit[finetune]'")
+
+
+def adapter(name: str, value: Any) -> str | Path:
+    """A LoRA adapter, a folder or a file. What its files hold is checked when it is loaded."""
+    given = path(name, value)
+    need_peft()
+    check_adapter(Path(given))
+    return given
 
 
 def _kernel(name: str, value: Any) -> str:
@@ -49,7 +58,7 @@ class Loading(Settings):
     kernel: str | None = setting(
         None, _kernel, "Kernel for all quantized weights (fewbit list). Default: the best for each weight."
     )
-    adapter: str | Path | None = setting(None, path, "LoRA adapter to put on the model: a folder or a .gguf file.")
+    adapter: str | Path | None = setting(None, adapter, "LoRA adapter to put on the model: a folder or a .gguf file.")
     fuse: int | bool | None = setting(
         None, _fuse, "Fuse linears that share an input, and generate in a static cache of this many tokens."
     )

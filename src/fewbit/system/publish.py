@@ -42,9 +42,10 @@ _OURS = re.compile(
 )
 
 
-def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Path:
+def check_output(out: str | Path, *, overwrite: bool, file: bool | None = None) -> Path:
     """`out` as a path where a folder (with `file`: a file) can be created; PlanError if it is taken or not creatable.
 
+    file: None if it is not known yet which of them it will be.
     It tries now what must work later: it creates and removes a folder next to `out` and, if it is free, `out` itself.
     Inside `claims`, no other process can make `out` from now on; PlanError if one does already.
     """
@@ -52,7 +53,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
     with _as_plan_error(out):
         _check_link(place)
         check_free(place, overwrite=overwrite)
-        if place.is_dir() if file else place.is_file():
+        if file is not None and (place.is_dir() if file else place.is_file()):
             raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", ANOTHER)
         real = place.resolve()
         if place.exists():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fewbit import checks
 from fewbit.checks import Texts
 from fewbit.settings import Settings, setting
+from fewbit.texts import sources
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Calibration(Settings):
 
     text: Texts | None = setting(
         None,
-        checks.texts,
+        sources.checked,
         "Text to calibrate on: a .txt or .jsonl file, or pydoc, tiny, wikitext2, c4. "
         "Default: tiny for the embedded model, else pydoc.",
     )

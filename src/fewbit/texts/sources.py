@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from fewbit import checks
 from fewbit.errors import FormatError, PlanError
 from fewbit.registry import unknown
 from fewbit.system.files import parse_json, read_text
@@ -27,6 +28,7 @@ from fewbit.system.files import parse_json, read_text
 Message: TypeAlias = dict[str, str]
 Part: TypeAlias = Literal["calibration", "evaluation"]
 
+SELF = "self"  # of `tune`: texts that the original writes by itself
 SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
 EMBEDDED = Path(__file__).parents[1] / "data" / "texts"
 _HERE = "Use 'pydoc', which is always available, or the path of a .txt, .jsonl or .json file."
@@ -110,6 +112,36 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
 
+def checked(name: str, value: Any) -> str | tuple[str, ...]:
+    """A check of a text argument: the name of a text, the path of a file, which must exist, or a list of texts."""
+    if isinstance(value, (str, os.PathLike)):
+        given = str(checks.path(name, value))
+        if given not in (*SOURCES, SELF):
+            _check_file(given)
+        return given
+    if not isinstance(value, Sequence) or isinstance(value, bytes) or not all(isinstance(each, str) for each in value):
+        raise checks.invalid(name, value, "the name of a text, a .txt, .jsonl or .json file, or a list of texts")
+    if not any(each.strip() for each in value):
+        raise checks.invalid(name, value, "at least one text that is not empty")
+    return tuple(value)
+
+
+def _check_file(source: str) -> Path:
+    """The path of a text. PlanError unless it is a file of a kind that is read."""
+    path = Path(source)
+    if not os.path.isfile(path):  # False, not an error, for a name that is too long
+        shown = source if len(source) <= 80 else f"{source[:77]}..."
+        if os.path.isdir(path):
+            raise PlanError(f"the text {shown} is a folder", "Give a .txt, .jsonl or .json file.")
+        error = unknown("text", shown, SOURCES)
+        hint = f"{error.hint} Save a text itself as a .txt file; Python also takes a list of texts."
+        raise PlanError(f"{error.message}, and there is no file at that path", hint)
+    if path.suffix not in (".txt", ".jsonl", ".json"):
+        kind = path.suffix or "a file without suffix"
+        raise PlanError(f"{path}: a text must be a .txt, .jsonl or .json file, not {kind}", _HERE)
+    return path
+
+
 def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Part = "calibration") -> Text:
     """The text that `source` names.
 
@@ -136,15 +168,8 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         text = _from_file(EMBEDDED / f"tiny-{part}.txt", f"tiny {part}")
     elif source in SOURCES:
         text = Text(f"{source} {part}", _from_hub(source, part))
-    elif os.path.isfile(path := Path(source)):  # False, not an error, for a name that is too long
-        text = _from_file(path, str(path))
     else:
-        shown = str(source) if len(str(source)) <= 80 else f"{str(source)[:77]}..."
-        if os.path.isdir(path):
-            raise PlanError(f"the text {shown} is a folder", "Give a .txt, .jsonl or .json file.")
-        error = unknown("text", shown, SOURCES)
-        hint = f"{error.hint} Save a text itself as a .txt file; Python also takes a list of texts."
-        raise PlanError(f"{error.message}, and there is no file at that path", hint)
+        text = _from_file(_check_file(str(source)), str(source))
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)
     return text
@@ -175,9 +200,6 @@ def _pydoc(part: Part) -> tuple[str, ...]:
 
 
 def _from_file(path: Path, name: str) -> Text:
-    if path.suffix not in (".txt", ".jsonl", ".json"):
-        kind = path.suffix or "a file without suffix"
-        raise PlanError(f"{path}: a text must be a .txt, .jsonl or .json file, not {kind}", _HERE)
     content = read_text(path)
     if path.suffix == ".txt":
         return Text(name, (content,))

@@ -23,7 +23,7 @@ from fewbit.models.gguf.rows.towers import ROWS
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
-from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, check_adapter
 from fewbit.nn.layers import QEmbedding
 from fewbit.system.files import read_json
 
@@ -132,11 +132,7 @@ def trained_on(adapter: str | Path) -> Scales | None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in a folder. PlanError if there is no folder; FormatError if its files are broken."""
-    if not folder.is_dir():
-        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {ADAPTER}, or a .gguf file.")
-    for name in (ADAPTER, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder that PEFT has written.")
+    check_adapter(folder)
     config = read_json(folder / ADAPTER)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise FormatError(f"{folder / ADAPTER} does not describe an adapter: it has no peft_type")
