@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Layout:
     bare: bool = False  # names without the base model's prefix
     zero_biases: bool = False  # tensors of noughts for linears that have no bias, as early writers left
     skip: str = "-"  # modules whose name ends so stay as they are
-    head: bool = False
+    head: int = 0  # the bits of the output head, 0: it stays as it is
+    tied: bool = False  # what config.json says of the head
+    auto_round: bool = False  # with AutoRound's config
 
 
 LAYOUTS = {
@@ -55,7 +57,11 @@ LAYOUTS = {
     "biases of nought": Layout(zero_biases=True),
     "fused": Layout(family="phi3", desc_act=True),
     "some left out": Layout(skip="down_proj"),
-    "head too": Layout(head=True),
+    "head too": Layout(head=4),
+    "head too, called tied": Layout(head=4, tied=True),
+    "head in 8 bits": Layout(head=8),
+    "head in 8 bits, AutoRound": Layout(head=8, auto_round=True),
+    "head in 8 bits, AutoRound, called tied": Layout(head=8, auto_round=True, tied=True),
     "2 bits": Layout(bits=2, sym=False),
     "3 bits": Layout(bits=3),
     "3 bits, asymmetric, act-order": Layout(bits=3, sym=False, desc_act=True),
@@ -102,15 +108,17 @@ def write(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """A model of that family in that layout; returns the weights [N, K] that its linears have."""
     models.save(folder, layout.family)
     model = models.original(folder)
+    models.edit_json(folder / "config.json", tie_word_embeddings=layout.tied or model.config.tie_word_embeddings)
     meant: dict[str, Tensor] = {}
     tensors = load_file(folder / "model.safetensors")
     prefix = "transformer." if layout.family == "gpt2-bare" else ""
     for seed, (name, module) in enumerate(model.named_modules()):
         inside = any(part.isdigit() for part in name.split("."))
-        linear = type(module).__name__ in ("Linear", "Conv1D") and (inside or layout.head)
+        linear = type(module).__name__ in ("Linear", "Conv1D") and (inside or layout.head > 0)
         if not linear or name.endswith(layout.skip):
             continue
-        parts, meant[name] = quantized(models.linear_weight(module), layout, seed)
+        own = layout if inside else replace(layout, bits=layout.head)
+        parts, meant[name] = quantized(models.linear_weight(module), own, seed)
         key = name.removeprefix(prefix)
         del tensors[f"{key}.weight"]
         tensors |= {f"{key}.{suffix}": part for suffix, part in parts.items()}
@@ -140,6 +148,13 @@ def write(folder: Path, layout: Layout) -> dict[str, Tensor]:
         "model_name_or_path": None,
         "model_file_base_name": "model",
     }
+    if layout.head:  # as gptqmodel names it
+        said = {"bits": layout.head, "group_size": layout.group, "sym": layout.sym, "desc_act": False}
+        config |= {"lm_head": True, "dynamic": {"lm_head": said}}
+    if layout.auto_round:
+        config = {key: config[key] for key in ("bits", "group_size", "sym")}
+        config |= {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+        config["extra_config"] = {"lm_head": said}
     if layout.v2:
         config["checkpoint_format"] = "gptq_v2"
     models.edit_json(folder / "config.json", quantization_config=config)

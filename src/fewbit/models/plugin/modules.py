@@ -74,6 +74,18 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     setattr(model.get_submodule(parent), leaf, packed)
 
 
+def untie(model: PreTrainedModel, packed: Iterable[str]) -> None:
+    """Let the layers `packed` of `model` have weights of their own, whatever its config says.
+
+    A file that has a packed output head beside the embedding does not tie the two: they differ by its rounding.
+    """
+    own = [name for name in (f"{module}.weight" for module in packed) if name in model.all_tied_weights_keys]
+    for name in own:
+        del model.all_tied_weights_keys[name]
+    if own:
+        model.config.tie_word_embeddings = False
+
+
 def as_stored(tensor: Tensor, spec: PartSpec | None) -> Tensor:
     """A tensor to save again, in the dtype and shape that the checkpoint had for it, if these hold the same numbers.
 

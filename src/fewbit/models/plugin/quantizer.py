@@ -68,6 +68,7 @@ from fewbit.models.plugin.modules import (
     renamed,
     taken,
     unpack,
+    untie,
 )
 from fewbit.models.plugin.on_load import QuantizeOnLoad
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
@@ -227,6 +228,7 @@ class FewbitQuantizer(HfQuantizer):
             self.packed.append(module)
             self.stored_as[module], self.headers[module] = stored, tensors
             suffixes |= set(tensors)
+        untie(model, self.packed)
         if fused:
             ends = {stored: next(iter(tensors)) for stored, tensors in fused.items()}
             self.fused = {named[f"{f}{end}"].removesuffix(end): fused[f] for f, end in ends.items()}
