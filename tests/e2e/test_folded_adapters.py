@@ -22,7 +22,7 @@ from fewbit.models import scales
 from fewbit.models.adapters.attach import folded, quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.source import locate
-from fewbit.plans.plan import find
+from fewbit.plans.plan import Plan, Rule, find
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
@@ -287,3 +287,23 @@ def test_a_gguf_file_carries_its_scales(place: Path, text: Path, tmp_path: Path)
     assert found
     assert found.origin == str(place / "model")
     assert (folded(locate(tmp_path / "model.gguf")) or scales.Scales()).digest == found.digest
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_folder_names_its_only_file(several: bool, place: Path, tmp_path: Path, text: Path) -> None:
+    """An adapter of a GGUF file without a record of its scales, such as one that transformers alone has trained."""
+    plan, files = Plan("p", "gguf", (Rule("*", "q8_0", "awq"),)), tmp_path / "files"
+    files.mkdir()
+    quantize.quantize(place / "model", files / "a.gguf", plan=plan, calibration=str(text))
+    shutil.copytree(place / "model", tmp_path / "other")
+    unfolded(place / "model", package.load(files)).save_pretrained(tmp_path / "other")
+    shutil.copytree(place / "adapter-unfolded", tmp_path / "adapter")
+    (tmp_path / "adapter" / "fewbit.json").unlink()
+    models.edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(files))
+    wanted = models.logits(package.load(files, adapter=tmp_path / "adapter"), IDS)
+    if several:  # of which one is the adapter's model
+        shutil.copyfile(files / "a.gguf", files / "b.gguf")
+        with pytest.warns(UserWarning, match="files does not record its AWQ scales"):
+            package.load(tmp_path / "other", adapter=tmp_path / "adapter")
+        return
+    assert apart(models.logits(package.load(tmp_path / "other", adapter=tmp_path / "adapter"), IDS), wanted) < EXACT

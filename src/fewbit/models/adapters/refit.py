@@ -20,11 +20,11 @@ import torch
 from peft import peft_model
 from torch import nn
 
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import scales
 from fewbit.models.scales import Scales
-from fewbit.models.source import name_of
+from fewbit.models.source import name_of, only_gguf
 
 _presumed: list[Scales] = []  # stack: the scales to assume for an adapter without a record
 
@@ -116,7 +116,12 @@ def _recorded(folder: Path | None) -> Scales | None:
 
 
 def _folded(base: Path) -> Scales | None:
-    """The scales in the files of a model."""
+    """The scales in the files of a model; None if they are unknown, as those of a folder with several GGUF files."""
+    if base.is_dir() and not (base / "config.json").is_file():
+        try:
+            base = only_gguf(base) or base
+        except FormatError:
+            return None
     return scales.of_metadata(GgufFile(base).metadata) if base.is_file() else scales.of_folder(base)
 
 
