@@ -234,6 +234,16 @@ def test_what_cannot_be_estimated(options: dict[str, object], says: str) -> None
         fewbit.estimate("tiny", **options)  # type: ignore[arg-type]
 
 
+def test_what_cannot_be_estimated_of_a_quantized_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fewbit.quantize("tiny", out, plan="nf4", progress=False)
+    assert [row.plan for row in fewbit.estimate(out, context=512).plans] == ["as it is"]
+    with pytest.raises(PlanError, match=r"context=513.* is beyond the model's context of 512 tokens"):
+        fewbit.estimate(out, context=513)
+    with pytest.raises(PlanError, match="quantized already, and its estimate is for the model as it is"):
+        fewbit.estimate(out, plan="nf4")
+
+
 def test_a_config_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(FormatError, match="does not contain a JSON object"):

@@ -76,10 +76,10 @@ def estimate(
     trust_remote_code: bool = False,
 ) -> Estimate:
     """The estimate for a located model, whose files may be missing; of one that is quantized, for what it is."""
+    _check(source, use)
     if source.quantization is not None:
-        return _quantized(source, use, trust_remote_code)
+        return _quantized(source, use)
     outline = Outline(source, trust_remote_code=trust_remote_code)
-    _check(outline, use)
     g = geometry(outline.config, source.context)
     cache = memory.cache_bytes(g, use)
     original = sizes.original_bytes(outline)
@@ -110,7 +110,7 @@ def estimate(
     )
 
 
-def _quantized(source: Source, use: memory.Use, trust_remote_code: bool) -> Estimate:
+def _quantized(source: Source, use: memory.Use) -> Estimate:
     """The estimate for an already quantized model: one row."""
     if not source.files:
         quantization: Any = source.quantization
@@ -162,11 +162,11 @@ class _Plain:
         return self
 
 
-def _check(outline: Outline, use: memory.Use) -> None:
+def _check(source: Source, use: memory.Use) -> None:
     if use.context < 1 or use.batch < 1:
         raise PlanError(f"`context={use.context}`, `batch={use.batch}`: both must be at least 1")
-    if use.context > outline.source.context:
-        raise PlanError(f"`context={use.context}` is beyond the model's context of {outline.source.context} tokens")
+    if use.context > source.context:
+        raise PlanError(f"`context={use.context}` is beyond the model's context of {source.context} tokens")
 
 
 def _row(

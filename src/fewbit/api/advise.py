@@ -48,8 +48,8 @@ def estimate(
     model: as in other verbs; also a config.json, or a folder without weights. For a Hub name, only the config is
     downloaded. context: tokens of each of `batch` texts; by default the model's context, at most 4096. cache: dtype of
     the KV cache (bf16, fp8, q8_0 ...; float32: activations are float32 too). samples, length: calibration windows, and
-    tokens in each. For a size such as 7B, there is `estimate_size`. PlanError or FormatError if the config does not
-    describe a causal LM.
+    tokens in each. A quantized model is estimated as it is, without a plan. For a size such as 7B, there is
+    `estimate_size`. PlanError or FormatError if the config does not describe a causal LM.
     """
     if precision.parameters(str(model)) is not None and not Path(model).exists():
         raise PlanError(
@@ -61,6 +61,10 @@ def estimate(
         if not precision.like_a_size(str(model)):
             raise
         raise PlanError(error.message, f"If it is a size, write it as 7B, 1.1B or 125M. {error.hint}") from None
+    if plan is not None and source.quantization is not None:
+        raise PlanError(
+            f"{source.name} is quantized already, and its estimate is for the model as it is", "Leave out `plan`."
+        )
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
     use = memories.use_of(source.context, context, batch, cache)
     return estimates.estimate(source, wanted, use, samples=samples, length=length, trust_remote_code=trust_remote_code)
