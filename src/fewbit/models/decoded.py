@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -30,6 +30,7 @@ from fewbit.models import foreign
 from fewbit.models.gguf import hybrid, names
 from fewbit.models.gguf.names import Route
 from fewbit.models.gguf.pieces import Joined
+from fewbit.models.packing import FusedWeights, Packing, Weight
 from fewbit.models.source import Source
 from fewbit.schemes.base import Codec, PartSpec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.fp8 import FP8 as FP8Scheme
@@ -41,99 +42,6 @@ _ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())
 LAYOUTS = {each.quant_method: each for each in _ALL}
 _INSTEAD = "Use a copy of the model with ordinary weights."
 DAMAGED = "The checkpoint is damaged."
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A quantized weight of a source, and the lazy handles of its tensors."""
-
-    held: Held
-    handles: Handles
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.held.shape
-
-    def read(self) -> QTensor:
-        """The weight with its codes and scales as they are in the file."""
-        return self.held.read(self.handles)
-
-    def as_stored(self) -> tuple[Codec, bool]:
-        """Its codec, and whether its columns are permuted. It reads zero points, scales and orders, never the codes.
-
-        FormatError if reading the weight rounds its scales.
-        """
-        return self.held.as_stored(self.handles)
-
-
-@dataclass(frozen=True)
-class FusedWeights:
-    """The quantized weights of all experts in one fused parameter, and the lazy handles of its tensors, by ending."""
-
-    format: Format
-    config: Mapping[str, Any]
-    fused: str
-    handles: Handles
-    specs: Mapping[str, PartSpec]
-
-    def of(self, expert: int, rows: slice) -> Weight:
-        """The weight of some rows of one expert, which are the outputs of one linear."""
-        _, scheme, (n, k) = self.format.describe_fused(self.specs, self.config, self.fused)
-        shape = len(range(n)[rows]), k
-
-        def read(parts: Handles) -> QTensor:
-            own = {ending: handle[expert][rows].contiguous() for ending, handle in parts.items()}
-            return self.format.read(own, self.config, self.fused)
-
-        return Weight(Held(scheme, shape, read, lambda _: (scheme, False)), self.handles)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the weights of a quantized model are stored. Counts are of parameters, and of bytes of tensors.
-
-    method: the name of the format. kinds: kind -> number of parameters, the most frequent first. dtype: of the decoded
-    tensors. share: of all parameters that are quantized. weights: name of a decoded tensor -> the quantized weight that
-    it comes from, where fewbit can keep it packed. fused: the same for decoded tensors of all experts of a layer.
-    unused: scales of activations and of the KV cache beside quantized weights, which an output leaves out.
-    """
-
-    method: str
-    kinds: Mapping[str, int]
-    dtype: torch.dtype
-    parameters: int
-    nbytes: int
-    file_bytes: int
-    share: float
-    weights: dict[str, Weight] = field(default_factory=dict, repr=False)
-    fused: Mapping[str, FusedWeights] = field(default_factory=dict, repr=False)
-    unused: tuple[str, ...] = ()
-
-    def add_part(self, name: str, fused: str, expert: int, rows: slice) -> None:
-        """Take note that the decoded tensor `name` is some rows of one expert in the tensor `fused`."""
-        if fused in self.fused:
-            self.weights[name] = self.fused[fused].of(expert, rows)
-
-    @property
-    def left_out(self) -> str | None:
-        """A note on `unused`; None if there are none."""
-        if not self.unused:
-            return None
-        return f"left out: {len(self.unused)} scales of activations or of the KV cache, such as {self.unused[0]}"
-
-    def to_json(self) -> dict[str, Any]:
-        """For the record of an output."""
-        return {"format": self.method, "kinds": dict(self.kinds), "share": self.share, "bits": self.bits}
-
-    @property
-    def bits(self) -> float:
-        """Bits per quantized weight."""
-        return 8 * self.nbytes / max(self.parameters, 1)
-
-    @property
-    def said(self) -> str:
-        """The kinds, for people."""
-        return " and ".join(self.kinds)
 
 
 def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | None]:
@@ -175,7 +83,8 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     carried = () if format is None else format.carried_suffixes
     unused = [part for each in packed.values() for role, part in each.parts.items() if role in carried]
     unused += [name for each in packed.values() for name in each.unused if name in stored]
-    return checkpoint, replace(found, weights=weights, fused=fused, unused=tuple(unused))
+    floats = tuple(name for name in packed if name not in weights and name not in fused)
+    return checkpoint, replace(found, weights=weights, fused=fused, floats_only=floats, unused=tuple(unused))
 
 
 def _fused_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, FusedWeights]:
@@ -257,8 +166,8 @@ def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Pa
     format, layout = by_quant_method(method), layout_of(config, checkpoint.specs)
     if layout is not None:
         found = layout.find(config, checkpoint.specs, checkpoint.get)
-        if format is not None and layout.beside_format:  # no weight stays packed if one of them cannot
-            found |= {name: replace(each, weight=None) for name, each in _of_format(format, config, checkpoint)}
+        if format is not None and layout.beside_format:
+            found |= dict(_of_format(format, config, checkpoint))
         return found
     if format is None:
         raise foreign.unread(method)
@@ -414,7 +323,7 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
     file = Joined(stored, names.splits_of(routes), names.listed_of(routes))
     ours = names.names_of(routes)
     dtype, found, nbytes = _dtype_of(stored), list[Packed](), 0
-    weights = dict[str, Weight]()
+    weights, floats = dict[str, Weight](), list[str]()
     ignored = extra | hybrid.beyond(stored)
     for entry in file.entries.values():
         if entry.name in ignored:
@@ -436,9 +345,12 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
             checkpoint.add(name, PartSpec(shape, kind), _Decoded(handle, {"data": mapped}, kind))
             if packed:
                 found.append(handle)
-                if route.run % BLOCK_TYPES[own.type].columns == 0:  # else its blocks cannot be put in order
+                if route.run % BLOCK_TYPES[own.type].columns == 0:
                     weights[name] = Weight(_blocks(own, route), {"data": mapped})
-    return checkpoint, replace(_packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes)), weights=weights)
+                else:  # its blocks cannot be put in the model's order
+                    floats.append(name)
+    packing = _packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes))
+    return checkpoint, replace(packing, weights=weights, floats_only=tuple(floats))
 
 
 def _members(

@@ -30,6 +30,7 @@ from fewbit.models.calls import BlockCall as BlockCall
 from fewbit.models.calls import states_of as states_of
 from fewbit.models.gguf import factors
 from fewbit.models.linears import is_linear, is_transposed, shape_of, weight_of
+from fewbit.models.packing import Packing
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
@@ -54,7 +55,7 @@ class Skeleton:
     the tensors that differ by this from the files, with their specs there.
     """
 
-    packing: decoded.Packing | None = None
+    packing: Packing | None = None
 
     def __init__(
         self,

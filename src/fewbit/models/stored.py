@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import experts
 from fewbit.models.conversions import owner
-from fewbit.models.decoded import Weight
+from fewbit.models.packing import Weight
 from fewbit.models.pieces import Piece
 from fewbit.models.skeleton import Skeleton
 from fewbit.schemes.base import PartSpec

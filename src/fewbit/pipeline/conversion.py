@@ -22,7 +22,7 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.methods.base import Method
 from fewbit.models import stored
-from fewbit.models.decoded import Weight
+from fewbit.models.packing import Weight
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.names import in_short
@@ -109,9 +109,11 @@ def _others(target: Target) -> str:
 def _convertible(skeleton: Skeleton, weights: Mapping[str, Weight], inside: Container[str]) -> dict[str, Weight]:
     """The weights that the target can store at all. PlanError for a source of which some can only be decoded."""
     packing = skeleton.packing
-    if packing is not None and packing.parameters and not weights:
+    if packing is not None and packing.floats_only:
+        modules = in_short(name.removesuffix(".weight") for name in packing.floats_only)
         raise PlanError(
-            f"{skeleton.source.name}: fewbit reads {packing.said} as floats only", f"{_DECODE} {_REQUANTIZE}"
+            f"{skeleton.source.name}: fewbit reads the quantized weights of {modules} as floats only",
+            f"{_DECODE} {_REQUANTIZE}",
         )
     split = {name.removesuffix(".weight") for name in skeleton.splits.values()}
     if found := [name for name in weights if name in split]:

@@ -14,7 +14,7 @@ from fewbit.formats.base import Format
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.models import experts, stored
-from fewbit.models.decoded import Weight
+from fewbit.models.packing import Weight
 from fewbit.models.pieces import Piece
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.settled import Settled

@@ -24,8 +24,8 @@ from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint, copy_side_files, rewritten
 from fewbit.models import decoded, scales, stored
-from fewbit.models.decoded import Weight
 from fewbit.models.gguf import names as gguf_names
+from fewbit.models.packing import Weight
 from fewbit.models.plugin.modules import as_stored
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
