@@ -183,8 +183,20 @@ def bare(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_dry_run_needs_no_tokenizer(bare: Path, fewbit: Fewbit) -> None:
-    assert fewbit("quantize", bare, "--dry-run").code == 0
+def test_a_dry_run_needs_the_tokenizer_that_the_run_needs(bare: Path, fewbit: Fewbit) -> None:
+    for code, flags in (
+        (3, ()),
+        (3, ("--plan", "rtn-4bit", "--effort", "high")),
+        (3, ("--plan", "q8_0")),
+        (0, ("--plan", "rtn-4bit")),
+    ):
+        shown = fewbit("quantize", bare, "--dry-run", *flags)
+        said = (
+            "has no usable tokenizer" in shown.err
+            if code
+            else "has no tokenizer, and so" in " ".join(shown.out.split())
+        )
+        assert (shown.code, said) == (code, True), (flags, shown)
 
 
 def test_what_computes_on_no_text_needs_no_tokenizer(model: Path, bare: Path, fewbit: Fewbit, tmp_path: Path) -> None:

@@ -160,9 +160,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         )
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
-        tokenizer = None
-        if not (job.source.without_tokenizer and wanted.needs_no_text(job)):
-            tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
+        job, tokenizer = _with_tokenizer(job, wanted)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         with report_progress.phase("checking the tokenizer", progress) if file else nullcontext():
             header = job.header(tokenizer)
@@ -170,10 +168,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         tuning = effort.block_tuning(wanted.effort, calibration.seed)
         if tuning is not None:
             job.settled.skeleton.check_text(calibrates=True)
-        if tokenizer is None:
-            why = f"{job.source.name} has no tokenizer, and so the output has none: copy the files of one into it"
-            job = replace(job, notes=[*job.notes, why])
-        else:  # the check after writing generates from these words: check their token ids now
+        if tokenizer is not None:  # the check after writing generates from these words: check their token ids now
             words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
             texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
         sized = _Sized.of(job, wanted.budget, calibration, tokenizer, progress)
@@ -280,6 +275,15 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         return ranks.run_on_first(published)
 
 
+def _with_tokenizer(job: Job, wanted: Request) -> tuple[Job, Any]:
+    """The job and its tokenizer: None, and a note, if the source has none and nothing needs one. FormatError if it has
+    none that can be used."""
+    if not (job.source.without_tokenizer and wanted.needs_no_text(job)):
+        return job, load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
+    why = f"{job.source.name} has no tokenizer, and so the output has none: copy the files of one into it"
+    return replace(job, notes=[*job.notes, why]), None
+
+
 @dataclass(frozen=True)
 class _Sized:
     """A job with widths chosen for a budget; what was chosen, None without a budget. calibration: without the windows
@@ -336,6 +340,7 @@ def preview(
     budget: Budget | None = None,
     calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
+    effort: str = "fast",
     max_shard: int | str | None = None,
     device: Device = None,
     safetensors_only: bool = False,
@@ -347,18 +352,25 @@ def preview(
     With a `budget`, it measures on the calibration text which widths lose least, and returns the loss at other sizes
     too. What it measured is kept in the cache, so `quantize` need not measure it again.
     """
-    wanted = arguments.plan("plan", plan)
+    wanted = Request(
+        plan=arguments.plan("plan", plan),
+        budget=budget or Budget(),
+        calibration=arguments.calibrated(calibration),
+        imatrix=imatrix,
+        effort=effort,
+        device=device,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
     source = locate(model, safetensors_only=safetensors_only)
-    where = machine.device(device) if budget is not None and budget.given else "cpu"
-    job = Job.prepare(source, wanted, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
+    where = machine.device(device) if wanted.budget.given else "cpu"
+    job = Job.prepare(source, wanted.plan, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
     if max_shard is not None:
         requested.check_split(job.single_file)
-    if not job.single_file and (budget is None or not budget.given):
-        return job.preview()
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    job, tokenizer = _with_tokenizer(job, wanted)
     if (header := job.header(tokenizer)) is not None:
         job = replace(job, notes=[*job.notes, *header.notes])
-    sized = _Sized.of(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
+    sized = _Sized.of(job, wanted.budget, wanted.calibration, tokenizer, progress)
     files = splitting.count(sized.job.settled, header, None if max_shard is None else int(max_shard))
     return replace(sized.job.preview(), allocation=sized.allocation, files=files)
 

@@ -82,6 +82,7 @@ def quantize(
             budget=budget,
             calibration=calibration,
             imatrix=imatrix,
+            effort=effort,
             max_shard=max_shard,
             device=loading.device,
             safetensors_only=safetensors_only,
