@@ -20,6 +20,7 @@ from fewbit.api.generate import load
 from fewbit.cli import app
 from fewbit.plans import plan
 from fewbit.schemes.base import parse
+from fewbit.system import native
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -351,6 +352,23 @@ def test_evaluate_tells_what_was_promised(model: Path, quantized: Path, text: Pa
     assert shown.code == 0
     for words in ("perplexity", "KL divergence", "same top token", "bits per weight", f"{3 * 63} tokens"):
         assert words in shown.out
+
+
+def test_evaluate_says_that_generate_rounds(
+    quantized: Path, model: Path, text: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does: not with a kernel that was named, not where nothing is rounded, and not for a 16-bit model."""
+    if not native.library():
+        pytest.skip("without the C++ library nothing is rounded")
+    monkeypatch.delenv("FEWBIT_ACTIVATIONS")
+    few = ("--text", text, "--length", 16, "--samples", 1, "--device", "cpu")
+    said = "measured with exact activations; on a CPU, generate rounds them to 8 bits (kernel cpu measures that)"
+    assert said in " ".join(fewbit("evaluate", quantized, *few).out.split())
+    assert fewbit("evaluate", quantized, *few, "--json").json["notes"] == [said]
+    for given in ((quantized, "--kernel", "cpu"), (quantized, "--kernel", "reference"), (model,)):
+        assert fewbit("evaluate", *given, *few, "--json").json["notes"] == []
+    monkeypatch.setenv("FEWBIT_ACTIVATIONS", "exact")
+    assert fewbit("evaluate", quantized, *few, "--json").json["notes"] == []
 
 
 def test_a_model_against_itself_has_lost_nothing(quantized: Path, text: Path, fewbit: Fewbit) -> None:

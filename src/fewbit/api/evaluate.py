@@ -14,6 +14,7 @@ from fewbit.errors import PlanError
 from fewbit.measure import memory, quality
 from fewbit.measure.tasks import Score, Tasks, beside
 from fewbit.models import blocks
+from fewbit.models.decoding.cpu_path import would_round
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.load import check_adapter, load_model
@@ -30,6 +31,8 @@ from fewbit.report.results import Evaluation
 from fewbit.system import ambient, machine, ranks, timing
 from fewbit.texts import sources
 from fewbit.texts.calibration import Calibration as Calibration
+
+_ROUNDED = "measured with exact activations; on a CPU, generate rounds them to 8 bits (kernel cpu measures that)"
 
 
 @checked
@@ -110,7 +113,11 @@ def evaluate(
             gpu_peak=memory.on_gpus(),
             seconds=elapsed(),
             available=available,
-            notes=_unused(source, packed) + ([] if original is None else _unused(original, plain)),
+            notes=[
+                *_unused(source, packed),
+                *([] if original is None else _unused(original, plain)),
+                *([_ROUNDED] if would_round(packed) else []),
+            ],
             tasks=scores,
         )
         if record and ranks.first():

@@ -309,6 +309,7 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
         "kl": None,
         "same_top": None,
         "tasks": [vars(each) for each in done.tasks],
+        "notes": done.notes,
     }
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
         kl = {"mean": q.kl.mean, "median": q.kl.median, "p99": q.kl.p99, "p999": q.kl.p999}

@@ -77,6 +77,18 @@ def cpu_path(model: Any) -> CpuPath:
     return CpuPath(name, blocks, len(whole), len(half), reasons, kernels, slower, unquantized)
 
 
+def would_round(model: Any) -> bool:
+    """Whether a model that was loaded for a measurement on a CPU is generated with activations that are rounded."""
+
+    def rounds(packed: Packed) -> bool:
+        if packed.kernel is None or packed.forced is not None or packed.prepared[0].device.type != "cpu":
+            return False
+        usual = choose.expected(packed.codec, packed.shape, packed.prepared[0].device, packed.compute or packed.dtype)
+        return bool(packed.kernel.activations == "exact" != registry.get("kernels", usual)().activations)
+
+    return any(rounds(each) for each in model.modules() if isinstance(each, Packed) and not isinstance(each, Slice))
+
+
 def _count(model: Any) -> int:
     return int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0) or 0)
 
