@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+import fewbit as package
+from fewbit.api import records
+from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.source import locate
 from fewbit.plans.plan import Plan, Rule
 from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
@@ -66,3 +73,30 @@ def test_a_model_without_a_record_is_refused_first(fewbit: Fewbit, model: Path, 
         assert answer.code == 2
         assert "no record of fewbit" in answer.err
     assert not (model / "fewbit.json").exists()
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """No file can have more bytes, as on a disk that becomes full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    package.quantize(model, tmp_path / "out", plan="nf4", progress=False)
+    with largest_file(0), pytest.raises(PlanError, match="cannot be"):
+        records.check_recorded(locate(tmp_path / "out"))
+    records.check_recorded(locate(tmp_path / "out"))
+
+
+def test_a_record_that_finds_no_room_stays_as_it_was(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    package.quantize(model, out, plan="nf4", progress=False)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with largest_file(2048), pytest.raises(OSError, match="File too large"):
+        records.complete(locate(out), {"evaluation": None})
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before

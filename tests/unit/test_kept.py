@@ -173,3 +173,7 @@ def test_costs_of_widths_are_entries(own_cache: Path) -> None:
     assert [(each["kind"], each["nbytes"]) for each in told()] == [("costs", 2)]
     run("--clear", "costs")
     assert told() == []
+
+
+def test_an_entry_that_another_process_has_just_deleted_is_none(own_cache: Path) -> None:
+    assert kept._entry("costs", own_cache / "costs" / "gone.json", time.time()) is None

@@ -14,7 +14,7 @@ from fewbit.measure.comparison import Row, Timing, parsed, plain
 from fewbit.models.source import Source
 from fewbit.system import kept, machine
 from fewbit.system.cache import cache_folder
-from fewbit.system.files import read_json
+from fewbit.system.files import read_json, replace_text
 
 
 def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
@@ -23,7 +23,7 @@ def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
     place = _place(source, device)
     place.parent.mkdir(parents=True, exist_ok=True)
     every = {**known(source, device), **timed}
-    place.write_text(json.dumps({plan: plain(timing) for plan, timing in every.items()}), encoding="utf-8")
+    replace_text(place, json.dumps({plan: plain(timing) for plan, timing in every.items()}))
     kept.label(place, source.name, "speeds of plans")
 
 

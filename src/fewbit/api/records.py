@@ -18,7 +18,7 @@ from fewbit.models.source import Source
 from fewbit.pipeline import replacing
 from fewbit.report.card import model_card
 from fewbit.system import publish
-from fewbit.system.files import write_text
+from fewbit.system.files import replace_text
 
 EDITED = "README.md was edited, so it stays as it is; the record has the result"
 
@@ -60,7 +60,9 @@ def check_recorded(source: Source) -> dict[str, Any]:
             f"{source.name} has no record of fewbit to write the result into",
             "Omit `record`, or give an output of fewbit.",
         )
-    if source.gguf is not None:
+    if source.gguf is None:
+        publish.check_writable(source.folder)
+    else:
         if len(source.files) > 1:
             raise PlanError(f"{source.name} has several parts, so its record cannot be written again", "Omit `record`.")
         publish.check_output(source.files[0], overwrite=True, file=True)
@@ -81,8 +83,8 @@ def complete(source: Source, found: Mapping[str, Any]) -> list[str]:
         return []
     card = source.folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != model_card(before)
-    write_text(source.folder / publish.RECORD, json.dumps(record, indent=1) + "\n")
+    replace_text(source.folder / publish.RECORD, json.dumps(record, indent=1) + "\n")
     if edited:
         return [EDITED]
-    write_text(card, model_card(record))
+    replace_text(card, model_card(record))
     return []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows
 from fewbit.stats import Need, Stats
 from fewbit.system.cache import cache_folder
-from fewbit.system.files import read_json, write_json
+from fewbit.system.files import read_json, replace_text
 from fewbit.system.kept import label
 
 TOKENS = 16384  # of the calibration text
@@ -127,9 +126,7 @@ def _place(key: str) -> Path:
 
 def _keep(place: Path, found: Mapping[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    hidden = place.with_suffix(f".{secrets.token_hex(4)}.part")  # another process may measure the same
-    write_json(hidden, dict(found))
-    hidden.replace(place)
+    replace_text(place, json.dumps(dict(found)))  # another process may measure the same
 
 
 def measured(

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import re
+import secrets
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +65,19 @@ def read_json(path: Path) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8."""
     path.write_text(text, encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8. Whatever happens, `path` has its old content or all of the new one."""
+    real = path.resolve()
+    hidden = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
+    try:
+        write_text(hidden, text)
+        if real.exists():
+            shutil.copymode(real, hidden)
+        hidden.replace(real)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int = 1) -> None:

@@ -84,8 +84,8 @@ def entries() -> list[Entry]:
     """All entries of the cache, by kind, the oldest first."""
     base, now = cache_folder(), time.time()
     places = ((kind, path) for kind, pattern in _FOUND for path in base.glob(pattern))
-    found = [_entry(kind, path, now) for kind, path in places if not path.name.endswith(_LABEL)]
-    return sorted(found, key=lambda each: (KINDS.index(each.kind), -each.age))
+    found = (_entry(kind, path, now) for kind, path in places if not path.name.endswith(_LABEL))
+    return sorted(filter(None, found), key=lambda each: (KINDS.index(each.kind), -each.age))
 
 
 def delete(entry: Entry) -> bool:
@@ -109,8 +109,12 @@ def delete(entry: Entry) -> bool:
     return True
 
 
-def _entry(kind: str, path: Path, now: float) -> Entry:
-    stats = list(_stats(path)) or [path.lstat()]
+def _entry(kind: str, path: Path, now: float) -> Entry | None:
+    """None if another process has just deleted it."""
+    try:
+        stats = list(_stats(path)) or [path.lstat()]
+    except FileNotFoundError:
+        return None
     newest = max(stat.st_mtime for stat in stats)
     nbytes = sum(stat.st_size for stat in stats if stat_module.S_ISREG(stat.st_mode))
     return Entry(kind, path, nbytes, max(0.0, now - newest), _in_use(path), *_labelled(path))
