@@ -51,6 +51,7 @@ def unmatched(
             continue
         said = f"rule {number + 1} of the plan, {rule.match!r},"
         named = [module for module in modules if module and fnmatchcase(module, rule.match)]
+        begins = tuple(f"{name}." for name in named)
         if matched := [module for module in shapes if fnmatchcase(module, rule.match)]:
             if (hiding := _hiding(rules, number, {first[module] for module in matched})) is not None:
                 wrong.append(
@@ -61,7 +62,7 @@ def unmatched(
             if any(_differs(rules, number, first[owner]) for owner in owners):
                 wrong.append(f"{said} has no effect: {in_short(named)} has the weight of {in_short(owners)}")
                 hints[f"Write '{owners[0]}'."] = None
-        elif any(module.startswith(f"{name}.") for name in named for module in shapes):
+        elif any(module.startswith(begins) for module in shapes):
             wrong.append(f"{said} names {in_short(named)}, and no linear inside")
             hints[f"To name its linears, write '{rule.match.rstrip('.')}.*'."] = None
         elif named and rule.scheme is not None:
