@@ -70,6 +70,8 @@ def test_weights_beside_fp8_without_a_scheme_are_decoded(tmp_path: Path) -> None
     same_files(quantized(plain)[0], out)
     assert record(out)["source"]["kinds"].keys() == {LAYOUTS[layout][2] for layout in layouts.values()}
     assert "left out: 5 scales of activations or of the KV cache" in done.notes[-1]
+    schemes = {LAYOUTS[layout][2].removeprefix("compressed-tensors "): 2 for layout in layouts.values()}
+    assert fewbit.inspect(packed).schemes == schemes
     with pytest.raises(PlanError, match=r"reads .* as floats only"):
         fewbit.convert(packed, tmp_path / "moved", to="gptq", progress=False)
     edit(packed, {f"{DOWN}.weight_scale": None})

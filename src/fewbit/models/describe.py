@@ -124,7 +124,7 @@ def _of_layout(source: Source, checkpoint: Checkpoint, method: str) -> Inspectio
         name=source.name,
         architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
         format=method,
-        schemes=dict(Counter(each.kind for each in packed.values())),
+        schemes=dict(Counter(str(each.weight.codec) if each.weight else each.kind for each in packed.values())),
         parameters=parameters,
         quantized_parameters=quantized,
         weights_bytes=quantized * source.dtype.itemsize + sum(spec.nbytes for spec in others),  # decoded
