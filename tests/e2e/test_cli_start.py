@@ -269,6 +269,29 @@ def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
         assert "Default: none" not in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (("evaluate", "./nowhere"), "model ./nowhere: no such folder", "Give a local folder"),
+        (("generate", "tiny", "a", "--max-new-tokens", "0"), "--max-new-tokens 0: expected an integer", ""),
+        (("quantize", "tiny", "--methd", "rtn"), "quantize has no option '--methd'", "Did you mean --method?"),
+        (("generate", "tiny"), "Missing argument 'prompt'.", "Give the text in quotes"),
+        (("inspect",), "Missing argument 'model'.", "fewbit inspect --help shows how it is used."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_error_is_json_too(arguments: tuple[str, ...], message: str, hint: str, fewbit: Fewbit) -> None:
+    answer = fewbit(*arguments, "--json")
+    told = answer.json["error"]
+    assert answer.json.keys() == {"error"}
+    assert told.keys() == {"message", "hint", "exit_code"}
+    assert message in told["message"]
+    assert hint in told["hint"]
+    assert told["exit_code"] == answer.code == 2
+    assert answer.err.splitlines() == [f"error: {told['message']}", *([f"  {told['hint']}"] if told["hint"] else [])]
+    assert fewbit(*arguments).out == ""
+
+
 def test_usage_errors_say_what_to_do(fewbit: Fewbit) -> None:
     assert "Give the text in quotes, or - for stdin. fewbit generate --help" in fewbit("generate", "tiny").err
     assert "Put the prompt in quotes. fewbit generate --help" in fewbit("generate", "tiny", "Once", "upon").err

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +30,7 @@ from fewbit.cli import (
     serve,
     tune,
 )
-from fewbit.cli.options import WithMethodOptions, method_flags
+from fewbit.cli.options import WithMethodOptions, method_flags, printed
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 from fewbit.system import ranks
 
@@ -157,6 +157,16 @@ def _end_cleanly(arguments: list[str]) -> None:
             signal.signal(number, _ended)
 
 
+def _fail(arguments: list[str], message: str, hint: str, code: int) -> NoReturn:
+    """End with an error: one or two lines on stderr and, with --json, the same as one JSON object on stdout."""
+    sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
+    if "--json" in arguments and arguments[0] != "run":
+        with suppress(BrokenPipeError):
+            printed({"error": {"message": message, "hint": hint, "exit_code": code}})
+            sys.stdout.flush()
+    sys.exit(code)
+
+
 def main() -> None:
     """The console script. A FewbitError prints as one or two lines and sets the exit code."""
     arguments, debug = _given(sys.argv[1:])
@@ -189,27 +199,24 @@ def main() -> None:
     except FewbitError as error:
         if debug:
             raise
-        if not (isinstance(error, PeerError) and error.reported):
-            message, hint = in_flags(error.message), in_flags(error.hint)
-            sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
-        sys.exit(error.exit_code)
+        if isinstance(error, PeerError) and error.reported:
+            sys.exit(error.exit_code)
+        _fail(arguments, in_flags(error.message), in_flags(error.hint), error.exit_code)
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
-        sys.exit(1)
+        _fail(arguments, f"{where}{error.strerror or error}", "", 1)
     except Exception as error:
         # A usage error. Its class in typer has no public name.
         if debug or not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stdout.write(f"{error.format_message()}\n")
-        else:
-            sys.stderr.write(f"error: {error.format_message()}\n  {_usage(arguments, error.format_message())}\n")
-        sys.exit(2)
+            sys.exit(2)
+        _fail(arguments, error.format_message(), _usage(arguments, error.format_message()), 2)
 
 
 if __name__ == "__main__":
