@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import fewbit
 from fewbit.errors import FormatError, PlanError
 from fewbit.measure import memory
-from fewbit.models import decoded
+from fewbit.models import decoded, stored
 from fewbit.models.source import locate
 from fewbit.pipeline import run
 from fewbit.pipeline.capture import Inputs
@@ -155,6 +155,24 @@ def test_embeddings_that_get_smaller_save_something(tmp_path: Path) -> None:
     assert [note for note in done.notes if "saves nothing" in note]
     done = fewbit.quantize(packed, tmp_path / "again.gguf", plan="q4_0", progress=False)
     assert not [note for note in done.notes if "saves nothing" in note]
+
+
+@pytest.mark.parametrize(("only", "saves"), [("down_proj.weight", True), ("proj.weight", False)])
+def test_linears_that_get_smaller_save_something(only: str, saves: bool, tmp_path: Path) -> None:
+    """Those that the source has in 16 bits."""
+    plain = models.save(tmp_path / "plain", "llama", dtype="bfloat16")
+    packed = packed_models.pack(plain, tmp_path / "packed", "ct-int4", only)
+    _, done = quantized(packed, "int8")
+    assert bool([note for note in done.notes if "saves nothing" in note]) != saves
+
+
+def test_fused_experts_count_as_quantized(tmp_path: Path) -> None:
+    plain = architectures.save(tmp_path / "plain", "gpt_oss")
+    packed = packed_models.pack_gpt_oss(plain, tmp_path / "packed")
+    skeleton = Job.prepare(locate(packed), plans.find("nf4"), "cpu").settled.skeleton
+    experts = {name for name in skeleton.all_linears() if ".experts." in name}
+    assert stored.quantized_modules(skeleton) == experts
+    assert experts
 
 
 def test_the_same_source_again_resumes_only_if_unchanged(tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ def weights(skeleton: Skeleton) -> dict[str, Weight]:
     return {skeleton.name_of.get(key, key).removesuffix(".weight"): weight for key, weight in found.items()}
 
 
+def quantized_modules(skeleton: Skeleton) -> set[str]:
+    """The modules of the model whose weights the source has quantized, kept packed or not."""
+    packing, whole_of = skeleton.packing, skeleton.checkpoint.whole_of
+    if packing is None:
+        return set()
+    found = {*packing.weights, *packing.fused, *packing.floats_only}
+    return {name.removesuffix(".weight") for key, name in skeleton.name_of.items() if found & {key, whole_of(key)}}
+
+
 def modules(skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, str]:
     """Module -> its name in an output, of the modules `quantized`, whose weights are packed."""
     packed = {f"{module}.weight": module for module in quantized}

@@ -94,8 +94,8 @@ class Settled:
         ]
         count = sum(a.shape[0] * a.shape[1] for a in assignments)
         bits = 8 * sum(a.scheme.nbytes(a.shape) for a in assignments) / count
-        packed = stored.weights(self.skeleton)
-        plain = sum(a.shape[0] * a.shape[1] for a in self.outside if a.module not in packed)
+        packed = stored.quantized_modules(self.skeleton)
+        plain = sum(a.shape[0] * a.shape[1] for a in assignments if a.module not in packed)
         before = (packing.bits * (count - plain) + 8 * packing.dtype.itemsize * plain) / count
         if bits >= _SAVES * before:
             notes.append(
