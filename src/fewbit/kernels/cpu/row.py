@@ -22,6 +22,7 @@ class Row:
         if len(weights) != 1:
             raise KernelError(f"{codec} has no single rows")
         self._kept, self._decode, self._count = prepared, lib.fewbit_decode, shape[0]
+        self._places = [part.data_ptr() for part in prepared]
         ((self._weight, _),) = weights
         columns = int(lib.fewbit_columns(self._weight))
         if columns < shape[1]:
@@ -32,6 +33,10 @@ class Row:
         lib.fewbit_arrange(self._weight, numbers.data_ptr(), 1, arranged.data_ptr(), 1)
         self._order = arranged.argsort()[columns - shape[1] :]  # behind the padding, which is 0
         self._decoded = torch.empty(columns, dtype=torch.float32, device="cpu")
+
+    def moved(self) -> bool:
+        """Whether a tensor has another address by now: then rows must not be read any more."""
+        return [part.data_ptr() for part in self._kept] != self._places
 
     def __call__(self, index: int) -> Tensor:
         if not 0 <= index < self._count:

@@ -53,7 +53,8 @@ class Outside:
 
     def embedded(self, token: int) -> Tensor:
         """The embedding of a token [1, 1, width]."""
-        found: Tensor = self.embedding(self._id.fill_(token)) if self._row is None else self._row(token)
+        row = None if self._row is None or self._row.moved() else self._row
+        found: Tensor = self.embedding(self._id.fill_(token)) if row is None else row(token)
         return found
 
     def turn(self, x: Tensor, position: int) -> None:
@@ -82,7 +83,7 @@ def _row_of(embedding: Any) -> Row | None:
         return None
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     try:
-        row = Row(embedding.codec, (embedding.held.data,), shape)
+        row = Row(embedding.codec, (embedding.held,), shape)
     except (KernelError, AssertionError):  # a format that the library has no layout for
         return None
     some = range(0, shape[0], max(shape[0] // 64, 1))

@@ -7,14 +7,14 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbit.kernels.cpu.block import Block, Cached, Wiring
 from fewbit.models.decoding import pages
 from fewbit.models.decoding.block_parts import ATTENTION, child, mlp_of, norm_names
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer
+from fewbit.models.decoding.known import Known
 from fewbit.models.decoding.stand_in import StandIn
-from fewbit.nn.layers import Packed
 
 Forward = Callable[..., Any]
 _MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
@@ -66,9 +66,8 @@ class Replacement:
     def __init__(
         self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: Turns, beside: list[None] | None = None
     ) -> None:
-        self.module, self.plain = module, module.forward
-        self.stand_in = StandIn(module, self.forward)
-        self.names, self.beside, self.parallel = names_of(self.plain), beside, wiring.parallel
+        self.module, self.stand_in = module, StandIn(module, self.forward)
+        self.names, self.beside, self.parallel = names_of(module.forward), beside, wiring.parallel
         self.block, self.dtype = Block(wiring, dtype), dtype
         self.layer: int = child(module, ATTENTION).layer_idx
         self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
@@ -80,21 +79,16 @@ class Replacement:
         self.rest, self.residual = None if mlp is None else (before, mlp, after), wiring.residual
         apart = set() if mlp is None else set(mlp.modules())
         inner = [each for each in module.modules() if each is not module and each not in apart]
-        packed = [each for each in inner if isinstance(each, Packed)]
         self.parts = [(m._modules, name, part) for m in (module, *inner) for name, part in m.named_children()]
-        self.parts += [(each._parameters, "weight", each.held) for each in packed if "weight" in each._parameters]
         self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self.owned = [vars(each) for each in inner]
-        small = [p for each in inner if not isinstance(each, Packed) for p in each.parameters(recurse=False)]
-        biases = [p for each in packed if isinstance(p := each._parameters.get("bias"), nn.Parameter)]
-        self.trained = [(p, p._version) for p in (*small, *biases) if not p.is_inference()]
+        self.known = Known((module, *inner))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Tensor):
             out = self.served(args[0], kwargs if len(args) == 1 else named(self.names, args, kwargs))
             if out is not None:
                 return out if self.beside is None else (out, *self.beside)
-        return self.plain(*args, **kwargs)
+        return self.module.forward(*args, **kwargs)
 
     def served(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The block's output; None, with nothing written, if the library does not take this call."""
@@ -156,7 +150,7 @@ class Replacement:
         return out
 
     def unchanged(self) -> bool:
-        """Whether nobody has replaced, hooked or trained a part."""
+        """Whether nobody has replaced, hooked or changed a part."""
         return self.same() and not self.watched()
 
     def watched(self) -> bool:
@@ -164,11 +158,8 @@ class Replacement:
         return any(self.hooks)
 
     def same(self) -> bool:
-        """Whether nobody has replaced or trained a part. Plain loops: this runs for each token."""
+        """Whether nobody has replaced or changed a part, and none drops numbers at random. This runs for each token."""
         for owner, name, part in self.parts:
             if owner.get(name) is not part:
                 return False
-        for own in self.owned:
-            if "forward" in own:
-                return False
-        return all(weight._version == version for weight, version in self.trained)
+        return not (self.known.drops and self.module.training) and self.known.same()
