@@ -270,6 +270,32 @@ def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "quantize tiny -o out --scheme",
+        "quantize tiny -o out --method",
+        "quantize tiny -o out --format",
+        "push other org/name --revision",
+        "recommend tiny --for edge --target",
+        "estimate tiny --cache",
+    ],
+)
+def test_an_empty_value_is_not_the_default(
+    line: str, fewbit: Fewbit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = fewbit(*line.split(), "")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == f"error: {line.split()[-1]} '': expected a value; leave the option out for its default\n"
+
+
+@pytest.mark.parametrize("value", ["few", "1.5", ""])
+def test_windows_are_a_number_or_all(value: str, fewbit: Fewbit) -> None:
+    answer = fewbit("evaluate", "tiny", "--samples", value)
+    assert (answer.code, answer.err) == (2, f"error: --samples {value!r}: expected an integer above 0, or all\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
         (("evaluate", "./nowhere"), "model ./nowhere: no such folder", "Give a local folder"),

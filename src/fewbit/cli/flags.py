@@ -24,7 +24,14 @@ from fewbit.texts import sources
 
 C = TypeVar("C", bound=Callable[..., None])
 _ARGUMENTS = {"output": "out", "image": "images"}  # the verbs' names of what commands call otherwise
+_MAY_BE_EMPTY = ("prompt", "system")
 _TYPES = {"int": int, "float": float, "bool": bool}  # a flag of another type is text
+
+
+def _check_filled(name: str, value: Any) -> None:
+    """ArgumentError for an empty value, as of a variable of the shell that is not set: it is not the default."""
+    if value == "":
+        raise checks.invalid(name, value, "a value; leave the option out for its default")
 
 
 class Fields:
@@ -68,6 +75,7 @@ class _Flag:
             found = self.field.metadata["check"](self.name, given)
             if self.field.metadata["check"] is checks.device:
                 checks.gpu(self.name, found)
+        _check_filled(self.name, given)
         return given
 
 
@@ -103,6 +111,8 @@ def checked(command: C) -> C:
             if value is not None and not isinstance(value, bool):  # typer has read flags
                 found = arguments.check(_ARGUMENTS.get(name, name), value)
                 given[name] = found if isinstance(found, str) else value  # a path is complete from here on
+                if name not in _MAY_BE_EMPTY:
+                    _check_filled(name, value)
         if given.get("output") and "overwrite" in given and not given.get("dry_run"):
             # Only one of several processes may try to make the output, as in the verb.
             check = publish.check_free if ranks.silent() else publish.check_output

@@ -45,7 +45,12 @@ SafetensorsOnly = Annotated[bool, typer.Option("--safetensors-only", help="Refus
 
 
 def _windows(value: str | int) -> int | None:
-    return None if value == "all" else int(value)
+    if value == "all":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise checks.invalid("samples", value, "an integer above 0, or all") from None
 
 
 Windows = Annotated[

@@ -293,7 +293,7 @@ class Comparison:
         except OSError as error:
             raise FormatError(f"{file} is not a report of fewbit compare: {error.strerror}") from None
         except FormatError as error:
-            raise FormatError(f"{file} is not a report of fewbit compare: {error}") from None
+            raise FormatError(f"{file} is not a report of fewbit compare: {error.message}", error.hint) from None
         return cls.from_json(data, str(file))
 
 

@@ -56,8 +56,12 @@ def _text(value: str) -> str:
         return value
     try:
         return Path(expanded(value[1:])).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{value[1:]} cannot be read: {error}") from None
+    except OSError as error:
+        raise PlanError(f"`set`: {value[1:]} cannot be read: {error.strerror}", "Give KEY=@FILE.") from None
+    except UnicodeDecodeError as error:
+        raise PlanError(
+            f"`set`: {value[1:]} is not UTF-8 at byte {error.start}", "Convert the file to UTF-8."
+        ) from None
 
 
 def _value(file: GgufFile, key: str, text: str) -> Any:
