@@ -21,9 +21,8 @@ quantized weights. This page is made from the table of those tests.
 
 - **Quantized**: every linear in the blocks, with each expert of a mixture of experts, also if a checkpoint stores the
   experts of a layer, or q, k and v, as one tensor.
-- **In 16 bits**: embeddings, the output head, norms, convolutions, state space parameters, vision and audio towers,
-  encoders. Routers, gates of shared experts and decay rates of gated delta nets too, unless a rule of the plan names
-  them.
+- **In 16 bits**: embeddings, norms, convolutions, state space parameters, vision and audio towers, encoders. The output
+  head, routers, gates of shared experts and decay rates of gated delta nets too, unless a rule of the plan names them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
 - Layers that share what an indexer of an earlier layer selects (`indexer_types` with "shared", as in GLM 5.2) cannot be
   calibrated yet, nor can models that run their blocks more than once. Plans without calibration work.

@@ -101,14 +101,22 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("plan", ["w4a16", "w8a16", "fp8", "fp8-block", "mixed"])
+MIXTURES = {
+    "mixed": (Rule("*.mlp.*", "int4-g128-sym"), Rule("*", "int8-row-sym")),
+    "head": (Rule("lm_head", "int8-row-sym"), Rule("*", "int4-g128-sym")),  # which is tied in the original
+    "head as blocks": (Rule("lm_head", "int4-g128-sym"), Rule("*", "int4-g128-sym")),
+    "head in fp8": (Rule("lm_head", "fp8-row"), Rule("*", "int4-g128-sym")),
+}
+
+
+@pytest.mark.parametrize("plan", ["w4a16", "w8a16", "fp8", "fp8-block", *MIXTURES])
 def test_transformers_alone_reads_whole_models(plan: str, tmp_path: Path) -> None:
     """Symmetric integers and FP8: transformers 5.24 expects zero points of another shape in every asymmetric file."""
     pytest.importorskip("compressed_tensors", reason="make interop installs compressed-tensors")
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
     model = models.save(tmp_path / "model", "llama", dtype="bfloat16", **sizes)
-    mixed = Plan("mixed", "compressed-tensors", (Rule("*.mlp.*", "int4-g128-sym"), Rule("*", "int8-row-sym")))
-    chosen = mixed if plan == "mixed" else find(plan).changed(method="rtn")
+    mixed = Plan(plan, "compressed-tensors", MIXTURES.get(plan, ()))
+    chosen = mixed if plan in MIXTURES else find(plan).changed(method="rtn")
     chosen = replace(chosen, activations=None)  # it would round activations
     fewbit.quantize(model, tmp_path / "out", plan=chosen, progress=False, device="cpu")
     script = tmp_path / "script.py"

@@ -19,6 +19,7 @@ from fewbit.methods.rtn import RoundToNearest
 from fewbit.names import in_short
 from fewbit.plans.mixtures import MIXTURES, Model
 from fewbit.plans.plan import PRESETS, Plan, Rule, find, find_all, resolve
+from fewbit.plans.rules import deciding
 from fewbit.schemes.base import parse
 
 SHAPES = {
@@ -453,6 +454,22 @@ def test_a_rule_for_what_stays_as_it_is_is_a_note() -> None:
         (note,) = resolve(plan_of(Rule(match, "int8-g64"), REST), inside, modules=modules).notes
         assert f"rule 1 of the plan, '{match}', matches no linear in the model's blocks" in note
         assert "qkv" not in note  # it is inside of `visual.blocks`
+
+
+def test_only_a_rule_for_the_head_decides_on_it() -> None:
+    """Other rules match linears of the blocks too, and have left the head as it is."""
+    shapes = {name: shape for name, shape in WHOLE.items() if name != "model.embed_tokens"}
+    for match in ("*", "*[dr]*", "*_*"):
+        assert deciding([Rule(match, "int4-g64")], shapes, "lm_head")["lm_head"] == -1
+        assert deciding([Rule(match, "int4-g64")], shapes)["lm_head"] == 0
+        for head in ("lm_head", "*head"):
+            rules = [Rule(match, "int4-g64"), Rule(head, "int8-g64", "gptq")]
+            assert deciding(rules, shapes, "lm_head")["lm_head"] == 1
+    made = resolve(plan_of(REST, Rule("lm_head", "int8-g64", "gptq")), shapes, modules=[*WHOLE], head="lm_head")
+    assert made.notes == ()
+    assert str(made.assignments["lm_head"].scheme) == "int8-g64"
+    assert name_of(made.assignments["lm_head"].method) == "imatrix"
+    assert {str(a.scheme) for name, a in made.assignments.items() if name != "lm_head"} == {str(REST.scheme)}
 
 
 def test_a_rule_that_an_earlier_one_hides_is_refused() -> None:

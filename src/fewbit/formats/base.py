@@ -58,6 +58,8 @@ class Format(ABC):
     # Whether the config must name every module that keeps a weight matrix, exactly. Else it names linears, and no name
     # that is the start or end of a quantized one, because some readers match such parts.
     ignores_all: ClassVar[bool] = False
+    # Whether readers take a packed output head, which `with_head` declares. Embeddings stay as they are.
+    packs_head: ClassVar[bool] = False
     # The values of keys that a config lacks, where transformers' config class has other defaults.
     absent: ClassVar[Mapping[str, Any]] = {}
     # Variants of the layout that hold the same weights: name -> the keys of the config that choose it.
@@ -126,6 +128,10 @@ class Format(ABC):
         weights, skipped: with the names of modules in the checkpoint. dtype: that of the original weights, and so of
         activations; bfloat16 by default.
         """
+
+    def with_head(self, config: Mapping[str, Any], head: str) -> dict[str, Any]:
+        """`config`, of a checkpoint whose output head is packed, as readers need it. head: its module there."""
+        return dict(config)
 
     @abstractmethod
     def describe(

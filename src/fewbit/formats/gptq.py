@@ -57,6 +57,7 @@ class GPTQFormat(Format):
         "v2": {"format": "gptq_v2", "checkpoint_format": "gptq_v2"},
     }
     absent: ClassVar[Mapping[str, Any]] = {"group_size": -1}  # transformers: 128
+    packs_head: ClassVar[bool] = True
     permuted: ClassVar[Mapping[str, Any] | None] = {"desc_act": True, "static_groups": False}
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
@@ -182,6 +183,9 @@ class GPTQFormat(Format):
                 **_overrides(weights, scheme),
             },
         }
+
+    def with_head(self, config: Mapping[str, Any], head: str) -> dict[str, Any]:
+        return {**config, "lm_head": True}  # gptqmodel and vLLM look for a packed head only then, whatever its name is
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         if str(config.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":

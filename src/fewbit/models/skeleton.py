@@ -52,10 +52,12 @@ class Skeleton:
 
     packing: how the weights of a quantized source are stored, None for others. `checkpoint` decodes them.
     for_gguf: numbers that a GGUF file cannot have are multiplied into the weights (models/gguf/factors.py). multiplied:
-    the tensors that differ by this from the files, with their specs there.
+    the tensors that differ by this from the files, with their specs there. untied: the weight of the output head if the
+    original has it tied, and this model (models/heads.py) has not; else "".
     """
 
     packing: Packing | None = None
+    untied: str = ""
 
     def __init__(
         self,
@@ -203,6 +205,12 @@ class Skeleton:
     def key_of(self, name: str) -> str:
         """The checkpoint's name of the tensor with the model name `name`."""
         return next(key for key, own in self.name_of.items() if own == name)
+
+    @cached_property
+    def head_name(self) -> str:
+        """The name of the output head; "" for a model without one, and if it is no linear."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head and is_linear(module)), "")
 
     def outside(self) -> dict[str, Shape]:
         """Name -> shape [N, K] of the token embeddings, and of the output head if it is not tied to one.

@@ -280,7 +280,7 @@ def _spread(every: Sequence[tuple[Unit, list[str]]], options: Sequence[Option]) 
 def _settled(job: Job, schemes: Mapping[str, str], said: str) -> Settled:
     """The job's plan with these schemes. said: what its name says of them."""
     resolved = job.settled.resolved
-    plan = allocation.planned(resolved.plan, schemes, resolved.kept)
+    plan = allocation.planned(resolved.plan, schemes, resolved.kept, job.settled.packed_head)
     settled = Settled.of(job.settled.skeleton, replace(plan, name=f"{plan.name} with {said}"))
     settled.check_plan()
     return settled

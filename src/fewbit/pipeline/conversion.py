@@ -77,11 +77,21 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
     if format.suffix:
         model_of(skeleton)  # PlanError if a GGUF file cannot store the model
         inside |= skeleton.outside().keys()
+    inside |= {skeleton.head_name} if format.packs_head else set()
     weights = stored.weights(skeleton)
     wanted = {} if isinstance(format, Dense) else _convertible(skeleton, weights, inside)
     every = dict.fromkeys([*skeleton.all_linears(), *skeleton.outside()])
-    kept = tuple(name for name in every if name not in wanted and f"{name}.weight" not in skeleton.tied)
-    forms, permuted = _chosen(wanted, format, kept, skeleton.dtype_of_source)
+
+    def chosen() -> tuple[tuple[str, ...], dict[str, Form], bool]:
+        kept = tuple(name for name in every if name not in wanted and f"{name}.weight" not in skeleton.tied)
+        return kept, *_chosen(wanted, format, kept, skeleton.dtype_of_source)
+
+    try:
+        kept, forms, permuted = chosen()
+    except PlanError:
+        if format.suffix or wanted.pop(skeleton.head_name, None) is None:
+            raise
+        kept, forms, permuted = chosen()  # the head is decoded
     found = {module: Assignment(module, wanted[module].shape, form.scheme, Method()) for module, form in forms.items()}
     if not found and not format.suffix and not isinstance(format, Dense):
         raise PlanError(f"{source.name} has no quantized weights", "Use fewbit quantize with a plan.")
@@ -231,9 +241,10 @@ def _notes(settled: Settled, decoded: Sequence[str]) -> Iterator[str]:
     if isinstance(format, Dense) and skeleton.packing is not None and skeleton.packing.parameters:
         yield f"all quantized weights ({skeleton.packing.said}) are decoded and rounded to {dtype}"
     elif decoded:
+        head = ", and with a quantized head if its scheme fits" if format.packs_head else " only"
         yield (
             f"decoded and rounded to {dtype}: {in_short(decoded)}; fewbit writes {format.name} files with quantized "
-            "linears of blocks only"
+            f"linears of blocks{head}"
         )
     if skeleton.packing is None:
         yield "the source is not quantized: its weights are unchanged"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
-from fewbit.models import blocks, stored
+from fewbit.models import blocks, heads, stored
 from fewbit.models.gguf import header as gguf_header
 from fewbit.models.gguf import kinds
 from fewbit.models.gguf import names as gguf_names
@@ -21,6 +21,7 @@ from fewbit.names import in_short
 from fewbit.plans import mixtures
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Assignment, Resolved
+from fewbit.plans.rules import names_head
 from fewbit.schemes.base import chunk_rows
 from fewbit.stats import Need
 
@@ -48,14 +49,26 @@ class Settled:
     def of(cls, skeleton: Skeleton, plan: plans.Plan) -> Settled:
         """Resolve `plan` for the model's shapes. PlanError if the plan does not fit them."""
         shapes: dict[str, Shape] = {n: s for block in skeleton.blocks for n, s in skeleton.linears(block).items()}
-        whole = None
-        if plans.format_of(plan).suffix:
-            whole = model_of(skeleton)
+        format, whole, own, head = plans.format_of(plan), None, skeleton, skeleton.head_name
+        if format.suffix:
+            whole, head = model_of(skeleton), ""
             shapes |= skeleton.outside()
+        elif head and format.packs_head and names_head(plan.rules, head, shapes):
+            own = heads.untied(skeleton)
+            shapes[head] = own.outside()[head]
+        else:
+            head = ""
         modules = [name for name, _ in skeleton.model.named_modules()]
         modules += [name.rpartition(".")[0] for name in skeleton.without_place.values()]  # such as MTP blocks
-        tied = {second.rpartition(".")[0]: first.rpartition(".")[0] for second, first in skeleton.tied.items()}
-        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source, modules, tied))
+        tied = {second.rpartition(".")[0]: first.rpartition(".")[0] for second, first in own.tied.items()}
+        resolved = plans.resolve(plan, shapes, whole, skeleton.dtype_of_source, modules, tied, head)
+        return cls(own if head in resolved.assignments else skeleton, resolved)
+
+    @property
+    def packed_head(self) -> str:
+        """The output head if it is packed in a folder, where only a rule that names it packs it; else ""."""
+        head = self.skeleton.head_name
+        return head if head in self.resolved.assignments and not self.resolved.format.suffix else ""
 
     @cached_property
     def stored_as(self) -> dict[str, str]:
@@ -68,7 +81,8 @@ class Settled:
 
     @cached_property
     def outside(self) -> list[Assignment]:
-        """Quantized weights outside the blocks: embeddings and head, in formats that store the whole model (GGUF)."""
+        """Quantized weights outside the blocks: embeddings and head of a GGUF file, and the head of a folder whose plan
+        names it."""
         blocks = tuple(f"{block}." for block in self.skeleton.blocks)
         return [a for a in self.resolved.assignments.values() if not a.module.startswith(blocks)]
 
@@ -81,17 +95,26 @@ class Settled:
 
     @cached_property
     def need(self) -> Need:
-        """The most detailed input statistic that a method of the plan needs."""
-        return max((a.need for a in self.resolved.assignments.values()), default=Need.NOTHING)
+        """The most detailed input statistic that a method of the plan needs. None are measured outside the blocks."""
+        besides = {a.module for a in self.outside}
+        inside = (a.need for a in self.resolved.assignments.values() if a.module not in besides)
+        return max(inside, default=Need.NOTHING)
 
     def on_the_source(self) -> list[str]:
-        """Notes on a source that is already quantized; none for others."""
-        packing, assignments = self.skeleton.packing, self.resolved.assignments.values()
+        """Notes on a source whose head is tied and gets a weight of its own, and on one that is already quantized."""
+        packing, assignments, notes = self.skeleton.packing, self.resolved.assignments.values(), list[str]()
+        if self.skeleton.untied:
+            own = self.resolved.assignments[self.packed_head]
+            nbytes = sum(spec.nbytes for spec in self.resolved.format.specs(own.shape, own.scheme).values())
+            notes.append(
+                f"{own.module} is tied to the embedding, which stays in 16 bits: it becomes a weight of its own, of "
+                f"{nbytes:,} bytes, and config.json says that they are not tied"
+            )
         if packing is None:
-            return []
-        notes = [
+            return notes
+        notes.append(
             f"the source is already quantized ({packing.said}); errors are measured against its dequantized weights"
-        ]
+        )
         count = sum(a.shape[0] * a.shape[1] for a in assignments)
         bits = 8 * sum(a.scheme.nbytes(a.shape) for a in assignments) / count
         packed = stored.quantized_modules(self.skeleton)
@@ -121,6 +144,8 @@ class Settled:
             skipped = list(dict.fromkeys([*skipped, *stored.matrices(self.skeleton, quantized)]))
         own = [replace(a, module=self.stored_as[module]) for module, a in quantized.items()]
         config = self.resolved.format.config(own, skipped, self.skeleton.dtype_of_source)
+        if self.packed_head:
+            config = self.resolved.format.with_head(config, self.stored_as[self.packed_head])
         return {**config, **self.variant}
 
     def check(self) -> None:

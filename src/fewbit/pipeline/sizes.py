@@ -84,9 +84,10 @@ def unquantized(settled: Settled) -> dict[str, int]:
     model, towers = skeleton.model, blocks.towers(skeleton.model)
     ends = [each for each in (blocks.embedding_of(model), model.get_output_embeddings()) if each is not None]
     outside = {name for name, module in model.named_modules() if any(module is each for each in ends)}
+    both = "embeddings" if settled.packed_head else "embeddings and head"
     for _, name, spec in skeleton.passed_through({f"{module}.weight" for module in assignments}):
         if (module := name.removesuffix(".weight")) not in assignments:
-            kind = "towers" if name.startswith(towers) else "embeddings and head" if module in outside else "others"
+            kind = "towers" if name.startswith(towers) else both if module in outside else "others"
             found[kind] = found.get(kind, 0) + spec.nbytes
     return found
 
@@ -132,7 +133,8 @@ def in_memory(settled: Settled) -> int:
 
 def original_bytes(skeleton: Skeleton) -> int:
     """Bytes of the unquantized model, tied tensors counted once."""
-    return sum(skeleton.multiplied.get(key, spec).nbytes for key, _, spec in skeleton.passed_through())
+    found = ((key, spec) for key, name, spec in skeleton.passed_through() if name != skeleton.untied)
+    return sum(skeleton.multiplied.get(key, spec).nbytes for key, spec in found)
 
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:

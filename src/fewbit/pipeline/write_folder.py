@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files
@@ -57,8 +58,8 @@ def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
         load_tokenizer(skeleton.source).save_pretrained(folder)
         config["dtype"] = str(skeleton.dtype_of_source).removeprefix("torch.")
     config.pop("transformers_weights", None)  # the name of the source's weight file
-    if config.get("tie_word_embeddings") and not skeleton.tied:
-        config["tie_word_embeddings"] = False  # the two tensors differ, so readers must not tie them
+    if skeleton.model.all_tied_weights_keys and not skeleton.tied:
+        config |= _untied(config)  # the two tensors differ, so readers must not tie them
     if settled.config:
         config["quantization_config"] = settled.config
     else:
@@ -67,6 +68,13 @@ def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
     write_json(folder / "config.json", config, indent=2)
     scales.write(folder, folded(skeleton, blocks))
     return writer.nbytes
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of config.json by which readers give the output head a tensor of its own, also those of a language model
+    in it."""
+    inner = {key: {**config[key], "tie_word_embeddings": False} for key in ("text_config",) if key in config}
+    return {"tie_word_embeddings": False, **inner}
 
 
 def folded(skeleton: Skeleton, blocks: Checkpoint) -> Scales:

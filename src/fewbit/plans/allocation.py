@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from fewbit.plans.plan import Plan, Rule
+from fewbit.plans.rules import deciding
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,14 @@ def _filled(units: Sequence[Unit], chosen: list[Option], left: int) -> list[Opti
         chosen[number] = option
 
 
-def planned(plan: Plan, schemes: Mapping[str, str], others: Iterable[str]) -> Plan:
-    """A plan that gives each module its scheme, by the method of the rule of `plan` that matches it.
+def planned(plan: Plan, schemes: Mapping[str, str], others: Sequence[str], head: str = "") -> Plan:
+    """A plan that gives each module its scheme, by the method of the rule of `plan` that decides on it.
 
-    others: modules that stay as they are. Modules that differ in numbers alone share a rule for the scheme that most of
-    them have; the others have rules of their own, before it.
+    others: modules that stay as they are. head: as in `rules.deciding`. Modules that differ in numbers alone share a
+    rule for the scheme that most of them have; the others have rules of their own, before it.
     """
-    own: dict[str, tuple[int, str]] = {
-        module: (next(i for i, rule in enumerate(plan.rules) if fnmatchcase(module, rule.match)), scheme)
-        for module, scheme in schemes.items()
-    }
+    first = deciding(plan.rules, [*schemes, *others], head)
+    own: dict[str, tuple[int, str]] = {module: (first[module], scheme) for module, scheme in schemes.items()}
     families: dict[str, Counter[tuple[int, str]]] = {}
     for module, kind in own.items():
         families.setdefault(_family(module), Counter())[kind] += 1

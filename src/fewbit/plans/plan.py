@@ -10,7 +10,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +23,7 @@ from fewbit.names import expanded, in_short
 from fewbit.plans import mixtures
 from fewbit.plans.refused import by_reason, not_stored
 from fewbit.plans.rules import Rule as Rule
-from fewbit.plans.rules import unmatched
+from fewbit.plans.rules import deciding, unmatched
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 from fewbit.system.files import read_json
@@ -322,21 +321,24 @@ def resolve(
     dtype: torch.dtype | None = None,
     modules: Collection[str] = (),
     tied: Mapping[str, str] = MappingProxyType({}),
+    head: str = "",
 ) -> Resolved:
     """Apply `plan` to modules with these shapes [N, K]. PlanError lists every module that it does not fit.
 
     dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them. modules, tied:
     as in `rules.unmatched`. PlanError for a rule that names none of them.
 
-    `model` is required for formats that store whole models, such as GGUF. Its embeddings and head get the plan's method
-    if that needs only weights, else the method `imatrix` with equal weights, which searches scales.
+    `model` is required for formats that store whole models, such as GGUF. head: as in `rules.deciding`, if it is one of
+    the `shapes`. Embeddings and head get the method of their rule if that needs only weights, else the method `imatrix`
+    with equal weights, which searches scales.
     """
     format = format_of(plan)
     wanted, kept = {}, []
-    notes = unmatched(plan.name, plan.rules, shapes, modules, tied)
+    first = deciding(plan.rules, shapes, head)
+    notes = unmatched(plan.name, plan.rules, first, shapes, modules, tied)
     mixed, gates, transposed = _mixed(plan, format, shapes, model), list[str](), list[str]()
     for module, shape in shapes.items():
-        rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
+        rule = plan.rules[first[module]] if first[module] >= 0 else None
         if rule is not None and rule.match == "*" and is_gate(module, shape):
             gates.append(module)
             rule = None
@@ -348,7 +350,8 @@ def resolve(
             kept.append(module)
         else:
             method = make(rule.method, dict(rule.options))
-            if model is not None and not model.in_block(module) and (method.needs > Need.NOTHING or method.rewrites):
+            outside = module == head or (model is not None and not model.in_block(module))
+            if outside and (method.needs > Need.NOTHING or method.rewrites):
                 method = make(_WITHOUT_INPUTS)
             order = None if model is None else model.orders.get(module)
             wanted[module] = Assignment(module, shape, _storable(scheme), method, order)
@@ -379,6 +382,8 @@ def resolve(
         if not wanted:
             raise PlanError(f"plan {plan.name} fits none of the model's linears", "\n  ".join(notes[:8]))
     refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
+    if head in wanted and head not in refused and format.measures_inputs(wanted[head].scheme):
+        refused[head] = "servers would round its inputs by a scale that fewbit does not measure: give it another scheme"
     refused |= {m: _TRANSPOSED for m in ([] if model is None else model.transposed) if m in wanted}
     if refused:
         raise not_stored(plan.name, [rule.match for rule in plan.rules], refused, wanted, format)

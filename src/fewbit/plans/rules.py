@@ -31,20 +31,44 @@ class Rule:
                 object.__setattr__(self, name, value.lower())
 
 
+def deciding(rules: Sequence[Rule], modules: Iterable[str], head: str = "") -> dict[str, int]:
+    """Module -> the number of the rule that decides on it: the first that matches its name. -1: none does.
+
+    head: the one of the `modules` that is the output head of a model in a folder; "": none is. Only a rule that names
+    it decides on it, which is a rule that matches no other of the `modules`. So `*` leaves it as it is.
+
+    >>> deciding([Rule("*", "int4-g64"), Rule("*head", "int8-g64")], ["a.q_proj", "lm_head"], "lm_head")
+    {'a.q_proj': 0, 'lm_head': 1}
+    """
+    matching = {module: [n for n, rule in enumerate(rules) if fnmatchcase(module, rule.match)] for module in modules}
+    others = {n for module, numbers in matching.items() if module != head for n in numbers}
+    if head:
+        matching[head] = [n for n in matching[head] if n not in others]
+    return {module: next(iter(numbers), -1) for module, numbers in matching.items()}
+
+
+def names_head(rules: Sequence[Rule], head: str, modules: Iterable[str]) -> bool:
+    """Whether a rule gives the output head a scheme. modules: as in `deciding`, without the head."""
+    number = deciding(rules, [*modules, head], head)[head]
+    return number >= 0 and rules[number].scheme is not None
+
+
 def unmatched(
-    plan: str, rules: Sequence[Rule], shapes: Mapping[str, Shape], modules: Collection[str], tied: Mapping[str, str]
+    plan: str,
+    rules: Sequence[Rule],
+    first: Mapping[str, int],
+    shapes: Mapping[str, Shape],
+    modules: Collection[str],
+    tied: Mapping[str, str],
 ) -> list[str]:
     """Notes on rules with a scheme that name only modules that are no linears of the blocks, such as most routers.
 
-    plan: its name. shapes: of the weights that a rule can match. modules: names of all modules of the model, and of
-    those that only the checkpoint has. tied: module -> the module whose weight it has. PlanError lists the rules that
-    match no module, that name a block without its linears, or that have no effect, because an earlier rule or one for
-    the tied weight decides.
+    plan: its name. first: as `deciding` returns it. shapes: of the weights that a rule can match. modules: names of all
+    modules of the model, and of those that only the checkpoint has. tied: module -> the module whose weight it has.
+    PlanError lists the rules that match no module, that name a block without its linears, or that have no effect,
+    because an earlier rule or one for the tied weight decides.
     """
     notes, wrong, hints = list[str](), list[str](), dict[str, None]()
-    first = {
-        module: next((n for n, rule in enumerate(rules) if fnmatchcase(module, rule.match)), -1) for module in shapes
-    }
     used = {*first.values()}
     for number, rule in enumerate(rules):
         if number in used:

@@ -80,6 +80,7 @@ class CompressedTensors(Format):
     metadata_suffixes: ClassVar[tuple[str, ...]] = ("weight_shape",)
     carried_suffixes: ClassVar[tuple[str, ...]] = CARRIED
     ignores_all: ClassVar[bool] = True
+    packs_head: ClassVar[bool] = True
 
     def with_activations(self, activations: str | None) -> CompressedTensors:
         return replace(self, input_activations=activations)
@@ -161,6 +162,14 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def with_head(self, config: Mapping[str, Any], head: str) -> dict[str, Any]:
+        """vLLM's class for output heads is not called Linear, so a target names the head."""
+        groups = {
+            name: {**group, "targets": [*group["targets"], head]} if group["targets"] == ["Linear"] else group
+            for name, group in config["config_groups"].items()
+        }
+        return {**config, "config_groups": groups}
 
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
