@@ -13,6 +13,7 @@ from torch import nn
 
 import fewbit as fb
 from fewbit.models.decoding import compiled_blocks
+from fewbit.models.decoding.known import Known
 from fewbit.plans.plan import find
 from fewbit.system import native
 from tests import architectures, models
@@ -139,3 +140,12 @@ def test_steps_change_nothing_in_a_block(kind: str, tmp_path: Path) -> None:
     outputs(model, ids_of(1), PARTS)
     assert compiled_blocks.computed(model)
     assert all(each.same() for each in replacements(model))
+
+
+def test_a_weight_of_no_dimensions_is_compared_too() -> None:
+    module = nn.Module()
+    module.scale = nn.Parameter(torch.tensor(2.0))
+    known = Known([module])
+    assert known.same()
+    module.scale.data.fill_(3)
+    assert not known.same()

@@ -73,5 +73,5 @@ def _content(weight: Tensor | None) -> tuple[Tensor | None, int | None, Any, byt
     """A weight, where it is, a view of its bytes, and their copy."""
     if weight is None or (place := _place(weight)) is None:
         return weight, None, None, b""
-    view = weight.detach().view(torch.uint8).numpy()
+    view = weight.detach().flatten().view(torch.uint8).numpy()
     return weight, place, view, view.tobytes()
