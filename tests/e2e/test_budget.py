@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.errors import PlanError
+from fewbit.errors import ArgumentError, PlanError
 from fewbit.pipeline import budgeted, costs
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.budget import Budget
@@ -203,3 +203,6 @@ def test_one_limit_is_given() -> None:
         Budget(bits=4, context=100)
     with pytest.raises(PlanError, match="size='huge'"):
         Budget(size="huge")
+    for bits in (0, 16.1):
+        with pytest.raises(ArgumentError, match="a number above 0"):
+            Budget(bits=bits)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fewbit import checks
 from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.settings import Settings, setting
+
+
+def _bits(name: str, value: Any) -> float:
+    if (found := checks.above_0(name, value)) > 16:
+        raise checks.invalid(name, value, "a number above 0 and up to 16, the bits of a weight that is not quantized")
+    return found
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Budget(Settings):
 
     bits: float | None = setting(
         None,
-        checks.above_0,
+        _bits,
         "Average bits per quantized weight, scales included; fewbit chooses each weight's width. Default: the plan's.",
     )
     size: str | int | None = setting(
