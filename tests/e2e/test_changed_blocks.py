@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fewbit as fb
-from fewbit.models.decoding import compiled_blocks
+from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding.known import Known
 from fewbit.plans.plan import find
 from fewbit.system import native
@@ -149,3 +149,13 @@ def test_a_weight_of_no_dimensions_is_compared_too() -> None:
     assert known.same()
     module.scale.data.fill_(3)
     assert not known.same()
+
+
+def test_a_module_with_the_id_of_another_is_another() -> None:
+    """A fused model makes a new cache, and records a new graph, for other modules."""
+    model = nn.Sequential(nn.ReLU())
+    for _ in range(20):
+        before = decode._wiring(model)
+        del model._modules["0"]
+        model._modules["0"] = nn.ReLU()
+        assert decode._wiring(model) != before

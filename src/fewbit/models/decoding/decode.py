@@ -233,10 +233,13 @@ def _on_one_gpu(model: Any) -> bool:
 
 
 def _wiring(model: Any) -> tuple[Any, ...]:
-    """What a recorded step fixes besides tensors: the modules of the model, and their active adapters."""
-    held = [(id(module), vars(module)) for module in model.modules()]
+    """What a recorded step fixes besides tensors: the modules of the model, and their active adapters.
+
+    The modules themselves, as another one may have the id of one that is gone.
+    """
+    held = [(module, vars(module)) for module in model.modules()]
     used = ("_active_adapter", "_disable_adapters", "merged_adapters")  # PEFT's layers
-    return tuple((place, *(str(own[name]) for name in used if name in own)) for place, own in held)
+    return tuple((module, *(str(own[name]) for name in used if name in own)) for module, own in held)
 
 
 def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
