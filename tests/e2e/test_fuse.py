@@ -29,6 +29,7 @@ from fewbit.models.loading import Loading
 from fewbit.models.plugin import quantizer
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.nn.fused import Slice, packed_linears
 from fewbit.plans.plan import Plan, Rule, find
 from fewbit.serving.settings import Serving
@@ -294,6 +295,8 @@ def test_a_gpu_generates_fused_unless_something_is_against_it(llama: Path, tmp_p
     assert fuses_by_itself(source, Loading("cuda:1"), 2)
     assert not fuses_by_itself(source, there, models.CONTEXT + 1)
     assert not fuses_by_itself(locate(llama.parent / "original"), there, 2)
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
+        (tmp_path / name).touch()
     for other in ({"device": "cpu"}, {"device": "auto"}, {"adapter": tmp_path}, {"tensor_parallel": True}):
         assert not fuses_by_itself(source, replace(there, **other), 2), other
 
