@@ -102,6 +102,23 @@ def test_dropout_counts_while_a_model_trains(tmp_path: Path) -> None:
     assert apart(outputs(model, ids, PARTS)[1:], outputs(model, ids, PARTS)[1:]) > 0.01
     model.eval()
     assert apart(outputs(model, ids, PARTS), outputs(model, ids, PARTS)) == 0
+    for block in model.model.layers:
+        block.self_attn.train()
+    assert apart(outputs(model, ids, PARTS)[1:], outputs(model, ids, PARTS)[1:]) > 0.01
+
+
+def test_a_replaced_function_is_noticed(tmp_path: Path) -> None:
+    """Gemma's activation is a function in an attribute of a module."""
+    fb.quantize(models.save(tmp_path / "model", "gemma3"), tmp_path / "out", plan=PLANS["out"])
+    model, ids = load_unfused(tmp_path / "out"), ids_of(1)
+    assert replaced(model)
+    before = outputs(model, ids, PARTS)
+    for block in model.model.layers:
+        block.mlp.act_fn.act = torch.relu
+    ours = outputs(model, ids, PARTS)
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, PARTS)) < 1e-5
+    assert apart(ours, before) > 0.01
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -142,12 +159,13 @@ def test_steps_change_nothing_in_a_block(kind: str, tmp_path: Path) -> None:
     assert all(each.same() for each in replacements(model))
 
 
-def test_a_weight_of_no_dimensions_is_compared_too() -> None:
-    module = nn.Module()
-    module.scale = nn.Parameter(torch.tensor(2.0))
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_number_in_a_tensor_is_compared_too(buffer: bool) -> None:
+    module, scale = nn.Module(), torch.tensor(2.0)
+    module.register_buffer("scale", scale) if buffer else module.register_parameter("scale", nn.Parameter(scale))
     known = Known([module])
     assert known.same()
-    module.scale.data.fill_(3)
+    scale.fill_(3)
     assert not known.same()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.models.decoding.stand_in import PLACE
 from fewbit.nn.layers import Packed
 
 _NUMBERS = (bool, int, float)
@@ -26,27 +27,31 @@ class Known:
         plain = [each for each in modules if not isinstance(each, Packed)]
         self.owned = [vars(each) for each in modules]
         self.code = [(kind, kind.forward) for kind in {type(each) for each in modules}]
-        self.numbers = [(vars(each).items(), _numbers(each).items()) for each in plain]
-        self.drops = any(value for _, own in self.numbers for name, value in own if "drop" in name)
-        self.drops |= any(isinstance(each, nn.Dropout) and each.p > 0 for each in plain)
-        owners = [(each._parameters, name) for each in plain for name in each._parameters]
+        self.values = [(vars(each).items(), _values(each).items()) for each in plain]
+        self.drops = [vars(each) for each in plain if _drops(each)]
+        owners: list[tuple[Any, str]] = [(each._parameters, name) for each in plain for name in each._parameters]
+        owners += [(each._buffers, name) for each in plain for name, own in each._buffers.items() if _is_small(own)]
         owners += [(each._parameters, "bias") for each in packed]
         self.small = [(own, name, *_content(own.get(name))) for own, name in owners]
         weights = [each for each in packed if "weight" in each._parameters]
         held: list[tuple[Any, str]] = [(each._parameters, "weight") for each in weights]
         held += [(each._buffers, name) for each in weights for name in each.kept]
+        held += [(each._buffers, "permutation") for each in weights if each.permutation is not None]
         self.places = [(own, name, own[name], _place(own[name])) for own, name in held]
 
     def same(self) -> bool:
-        """Whether nobody has changed anything. Plain loops: this runs for each token."""
+        """Whether nobody has changed anything, and no dropout is on. Plain loops: this runs for each token."""
         for own in self.owned:
             if "forward" in own:
                 return False
         for kind, forward in self.code:
             if kind.forward is not forward:
                 return False
-        for now, before in self.numbers:
+        for now, before in self.values:
             if not before <= now:
+                return False
+        for own in self.drops:
+            if own["training"]:
                 return False
         for own, name, weight, place in self.places:
             if own.get(name) is not weight or weight.data_ptr() != place:
@@ -60,8 +65,21 @@ class Known:
         return True
 
 
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if type(value) in _NUMBERS and name != "training"}
+def _values(module: nn.Module) -> dict[str, Any]:
+    """The numbers and the functions, such as activations, that a module has as attributes."""
+    found = {name: value for name, value in vars(module).items() if type(value) in _NUMBERS or callable(value)}
+    return {name: value for name, value in found.items() if name not in ("training", PLACE)}
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops numbers at random while it trains."""
+    dropout = isinstance(module, nn.Dropout) and module.p > 0
+    return dropout or any(value for name, value in _values(module).items() if "drop" in name)
+
+
+def _is_small(buffer: Tensor | None) -> bool:
+    """Whether a buffer may be a factor or a vector. One of more dimensions is a mask or a table."""
+    return buffer is not None and buffer.dim() < 2
 
 
 def _place(weight: Tensor | None) -> int | None:
