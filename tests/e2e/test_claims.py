@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import fewbit
 from fewbit.errors import PlanError
 from fewbit.models.source import locate
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system import publish
 
 VERBS: dict[str, Callable[[Path, Path], Any]] = {
@@ -20,7 +21,7 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "convert": lambda out, other: fewbit.convert("tiny", out / "model.gguf", to="gguf"),
     "tune": lambda out, other: fewbit.tune("tiny", out / "model", reference=other),
     "merge": lambda out, other: fewbit.merge("tiny", other, out / "model"),
-    "finetune": lambda out, other: fewbit.finetune("tiny", out / "model", data="a text"),
+    "finetune": lambda out, other: fewbit.finetune("tiny", out / "model", data="pydoc"),
     "imatrix": lambda out, other: fewbit.imatrix("tiny", out / "model.gguf"),
 }
 
@@ -29,6 +30,8 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
 def test_an_output_that_another_makes_is_refused(verb: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(locate("tiny").folder, other)
+    for name in (ADAPTER, ADAPTER_WEIGHTS):  # it is looked at after the output
+        (other / name).touch()
     with (
         publish.claimed(tmp_path / "model"),
         publish.claimed(tmp_path / "model.gguf"),
@@ -54,6 +57,20 @@ def test_a_claim_ends_with_its_verb(tmp_path: Path) -> None:
         _fail(out)
     with publish.claimed(out):
         pass
+
+
+def test_an_output_that_another_tries_to_make_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check_output` makes and removes a folder there, which another process of the same launch may see."""
+    out, listed = tmp_path / "model", Path.iterdir
+    out.mkdir()
+
+    def removed(path: Path) -> Iterator[Path]:
+        out.rmdir()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", removed)
+    publish.check_free(out, overwrite=False)
+    assert not out.exists()
 
 
 def _fail(out: Path) -> None:

@@ -171,6 +171,15 @@ def test_what_one_process_finds_is_said_once(command: str, model: Path, data: Pa
     assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in refused.stderr.split("ChildFailed")[1]
 
 
+def test_an_error_is_one_json_object(tmp_path: Path) -> None:
+    """Whichever process fails first."""
+    asked = ["-m", "fewbit", "quantize", "./nowhere", "-o", str(tmp_path / "out"), "--json"]
+    for _ in range(4):
+        refused = torchrun(2, *asked, cache=tmp_path / "cache")
+        assert "model ./nowhere: no such folder" in json.loads(refused.stdout)["error"]["message"]
+        assert refused.stderr.count("error: ") == 1, refused.stderr
+
+
 def test_stdin_is_refused_because_processes_cannot_share_it(model: Path, tmp_path: Path) -> None:
     asked = ["-m", "fewbit", "quantize", str(model), "-o", str(tmp_path / "out"), "--calibration", "-"]
     refused = torchrun(2, *asked, cache=tmp_path / "cache")

@@ -157,9 +157,13 @@ def _end_cleanly(arguments: list[str]) -> None:
             signal.signal(number, _ended)
 
 
-def _fail(arguments: list[str], message: str, hint: str, code: int) -> NoReturn:
-    """End with an error: one or two lines on stderr and, with --json, the same as one JSON object on stdout."""
-    sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
+def _fail(arguments: list[str], message: str, hint: str, code: int, *, reported: bool = False) -> NoReturn:
+    """End with an error: one or two lines on stderr and, with --json, the same as one JSON object on stdout.
+
+    reported: another process of a torchrun launch has printed the lines. Only rank 0 prints the object.
+    """
+    if not reported:
+        sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
     if "--json" in arguments and arguments[0] != "run":
         with suppress(BrokenPipeError):
             printed({"error": {"message": message, "hint": hint, "exit_code": code}})
@@ -199,9 +203,8 @@ def main() -> None:
     except FewbitError as error:
         if debug:
             raise
-        if isinstance(error, PeerError) and error.reported:
-            sys.exit(error.exit_code)
-        _fail(arguments, in_flags(error.message), in_flags(error.hint), error.exit_code)
+        told = isinstance(error, PeerError) and error.reported
+        _fail(arguments, in_flags(error.message), in_flags(error.hint), error.exit_code, reported=told)
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:

@@ -66,7 +66,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool | None = None) 
 def check_free(out: str | Path, *, overwrite: bool) -> None:
     """PlanError if `out` exists and must not be replaced, or if no file can have its name. An empty folder is free."""
     with _as_plan_error(out):
-        if not overwrite and Path(out).exists() and not _is_empty(Path(out)):
+        if not overwrite and _is_taken(Path(out)):
             raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
@@ -76,9 +76,14 @@ def check_folder(out: str | Path, made: str, instead: str = "") -> None:
         raise PlanError(f"{out} would be a GGUF file, and {made}", f"{ANOTHER} {instead}".strip())
 
 
-def _is_empty(place: Path) -> bool:
-    """Whether it is a folder with nothing in it."""
-    return place.is_dir() and next(place.iterdir(), None) is None
+def _is_taken(place: Path) -> bool:
+    """Whether there is anything but an empty folder. `check_output` of another process may make and remove that now."""
+    try:
+        return next(place.iterdir(), None) is not None
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 def named(out: str | Path) -> Path:
@@ -224,7 +229,7 @@ def published(
             before = [path for path in (real, *(parts.beside(real) if parts else ())) if path.exists()]
             for path in before:
                 shown = out if path == real else path
-                if not overwrite and not _is_empty(path):
+                if not overwrite and _is_taken(path):
                     raise PlanError(
                         f"{shown} was created by another program meanwhile", "Use `overwrite=True` to replace it."
                     )
@@ -235,7 +240,7 @@ def published(
             if file:
                 for path in reversed(made_of):
                     path.replace(real.with_name(path.name))
-            elif real.exists() and not _is_empty(real):
+            elif _is_taken(real):
                 real.rename(old)
                 try:
                     staging.rename(real)
