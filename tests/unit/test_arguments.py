@@ -144,6 +144,7 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
         (checks.path, Path("a"), Path("a")),
         (sources.checked, Path("pydoc"), "pydoc"),
         (sources.checked, ["a", "b"], ("a", "b")),
+        (sources.checked_or_self, "self", "self"),
         (checks.integer(1), numpy.int64(3), 3),
         (checks.number, numpy.float32(0.5), 0.5),
         (arguments.plan, "nf4", PRESETS["nf4"]),
@@ -259,3 +260,11 @@ def test_a_text_alone_keeps_the_verbs_own_sizes() -> None:
     assert arguments.calibrated("pydoc", usual) == Calibration("pydoc", 3, 4)
     assert arguments.calibrated(None) == Calibration()
     assert arguments.calibrated(usual) is usual
+
+
+@pytest.mark.parametrize("verb", ["quantize", "imatrix", "compare", "convert"])
+def test_only_tune_writes_its_own_texts(verb: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"to": "awq", "requantize": True, "plan": "awq-4bit"} if verb == "convert" else {}
+    with pytest.raises(PlanError, match=r"calibration=self is for tune, .*\nKnown: c4, pydoc"):
+        getattr(fewbit, verb)("tiny", out=tmp_path / "out.dat", calibration="self", **more)
+    assert list(tmp_path.iterdir()) == []

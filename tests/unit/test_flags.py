@@ -73,7 +73,7 @@ def test_a_command_has_the_arguments_of_its_verb(verb: str) -> None:
             continue
         value = shown[name].default
         if isinstance(default, tuple):
-            value = tuple(part for part in value.split(",") if part)
+            value = tuple(value.split(",")) if value else ()
         if name == "speed":
             value = value == "first"
         assert value == default, name
@@ -108,10 +108,10 @@ def test_a_group_becomes_flags_and_comes_back_packed() -> None:
 
     command: Any = checked(packed)
     parameters = inspect.signature(command).parameters
-    assert {name: each.default for name, each in parameters.items()} == {"lora_rank": 4, "targets": "", "steps": None}
+    assert {name: each.default for name, each in parameters.items()} == {"lora_rank": 4, "targets": None, "steps": None}
     command(lora_rank=2, targets="q_proj, v_proj", steps=None)
     assert seen == [Tuning(rank=2, targets=("q_proj", "v_proj"))]
     with pytest.raises(ArgumentError, match="lora_rank=0"):
-        command(lora_rank=0, targets="", steps=None)
+        command(lora_rank=0, targets=None, steps=None)
     with pytest.raises(ArgumentError, match="steps=0"):
-        command(lora_rank=1, targets="", steps=0)
+        command(lora_rank=1, targets=None, steps=0)

@@ -171,12 +171,21 @@ def mmproj(name: str, value: Any) -> str | Path:
 
 def calibration(name: str, value: Any) -> Calibration | str | tuple[str, ...]:
     """A Calibration, or only its text. `calibrated` adds the verb's default settings to a text."""
-    return value if isinstance(value, Calibration) else sources.checked(name, value)
+    return value if isinstance(value, Calibration) else sources.checked_or_self(name, value)
 
 
-def calibrated(given: Calibration | Texts | None, usual: Calibration | None = None) -> Calibration:
-    """Complete a Calibration: a text alone, or None, gets the other settings from `usual`."""
-    return given if isinstance(given, Calibration) else replace(usual or Calibration(), text=given)
+def calibrated(
+    given: Calibration | Texts | None, usual: Calibration | None = None, *, written: bool = False
+) -> Calibration:
+    """Complete a Calibration: a text alone, or None, gets the other settings from `usual`.
+
+    written: the text may be "self", which the model writes. Else PlanError for it.
+    """
+    found = given if isinstance(given, Calibration) else replace(usual or Calibration(), text=given)
+    if found.text == sources.SELF and not written:
+        known = f"Known: {', '.join(sources.SOURCES)}."
+        raise PlanError("`calibration=self` is for tune, where the original writes the texts", known)
+    return found
 
 
 def plan(name: str, value: Any) -> Plan:

@@ -66,7 +66,7 @@ def tune(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     same_vocabulary(original, source, tokenizer, trust_remote_code)
     files = end_to_end.files(source, trust_remote_code=trust_remote_code)
-    asked = arguments.calibrated(calibration)
+    asked = arguments.calibrated(calibration, written=True)
     given = replace(asked, text=asked.text or sources.own_source(original.config))
     load = end_to_end.Once(partial(load_model, original, loading, for_text=True))
     tokens, text = (

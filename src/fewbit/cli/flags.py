@@ -49,10 +49,11 @@ class _Flag:
     @property
     def is_text(self) -> bool:
         """Whether the flag takes a text to calibrate on: a name, a file, or - for stdin."""
-        return self.field.metadata["check"] is sources.checked
+        return self.field.metadata["check"] is sources.checked_or_self
 
     def parameter(self, default: Any) -> inspect.Parameter:
         """The parameter that typer makes the flag from."""
+        default = (",".join(default) or None) if isinstance(default, tuple) else default
         kind = _TYPES.get(str(self.field.type).split(" | ")[0], str)
         help = in_flags(self.field.metadata["help"])
         if self.is_text:
@@ -61,14 +62,15 @@ class _Flag:
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=",".join(default) if isinstance(default, tuple) else default,
+            default=default,
             annotation=Annotated[kind if default is not None else kind | None, typer.Option(*names, help=help)],
         )
 
     def value(self, given: Any) -> Any:
         """The value of the field, checked under the flag's name."""
         if str(self.field.type).startswith("tuple"):
-            given = tuple(part.strip() for part in given.split(",") if part.strip())
+            _check_filled(self.name, given)
+            given = tuple(part.strip() for part in (given or "").split(",") if part.strip())
         if given == STDIN and self.is_text:
             return given
         if given is not None or self.field.default is not None:

@@ -16,7 +16,7 @@ class Calibration(Settings):
 
     text: Texts | None = setting(
         None,
-        sources.checked,
+        sources.checked_or_self,
         "Text to calibrate on: a .txt or .jsonl file, or pydoc, tiny, wikitext2, c4. "
         "Default: tiny for the embedded model, else pydoc.",
     )

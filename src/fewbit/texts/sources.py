@@ -116,7 +116,7 @@ def checked(name: str, value: Any) -> str | tuple[str, ...]:
     """A check of a text argument: the name of a text, the path of a file, which must exist, or a list of texts."""
     if isinstance(value, (str, os.PathLike)):
         given = str(checks.path(name, value))
-        if given not in (*SOURCES, SELF):
+        if given not in SOURCES:
             _check_file(given)
         return given
     if not isinstance(value, Sequence) or isinstance(value, bytes) or not all(isinstance(each, str) for each in value):
@@ -124,6 +124,11 @@ def checked(name: str, value: Any) -> str | tuple[str, ...]:
     if not any(each.strip() for each in value):
         raise checks.invalid(name, value, "at least one text that is not empty")
     return tuple(value)
+
+
+def checked_or_self(name: str, value: Any) -> str | tuple[str, ...]:
+    """A check of a text to calibrate on: as `checked`, or "self"."""
+    return SELF if value == SELF else checked(name, value)
 
 
 def _check_file(source: str) -> Path:
