@@ -298,7 +298,7 @@ def test_importances_that_do_not_serve(
 
     refused(2, matrix, "method gptq needs whole inputs", method="gptq")
     refused(2, matrix, "method rtn needs no importances", method="rtn")
-    refused(2, tmp_path / "none.gguf", "No such file")
+    refused(2, tmp_path / "none.gguf", "there is no such file")
     found = imatrix.read(matrix)
     foreign = tmp_path / "foreign.gguf"
     imatrix.write(foreign, {f"x.{name}": each for name, each in found.items()}, chunks=1, length=8, text="")
