@@ -75,6 +75,15 @@ def test_a_model_without_a_record_is_refused_first(fewbit: Fewbit, model: Path, 
     assert not (model / "fewbit.json").exists()
 
 
+def test_a_record_that_was_killed_is_replaced_too(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    package.quantize(model, out, plan="nf4", progress=False)
+    for name in (".fewbit.json.01234567.part", ".README.md.89abcdef.part"):
+        (out / name).touch()
+    package.quantize(model, out, plan="nf4", overwrite=True, progress=False)
+    assert not list(out.glob(".*"))
+
+
 @contextmanager
 def largest_file(nbytes: int) -> Iterator[None]:
     """No file can have more bytes, as on a disk that becomes full."""

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def replace_text(path: Path, text: str) -> None:
     hidden = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
     try:
         write_text(hidden, text)
-        if real.exists():
+        with suppress(OSError):  # there is none before, or the file system has no modes
             shutil.copymode(real, hidden)
         hidden.replace(real)
     finally:

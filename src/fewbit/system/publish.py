@@ -35,6 +35,7 @@ _OURS = re.compile(
     | spiece\.model | sentencepiece\.bpe\.model | chat_template\.(json|jinja)
     | (video_|image_)?(pre)?processor_config\.json
     | (configuration|modeling|tokenization|processing|image_processing)_\w+\.py
+    | \.(fewbit\.json|README\.md)\.[0-9a-f]{8}\.part  # of a record whose writing was killed
     | README(-original)?\.md | LICENSE[\w.-]* | NOTICE[\w.-]* | \.gitattributes | \.lock
     | report\.json | index\.html | quality-(size|speed)\.(svg|png)
     """,
