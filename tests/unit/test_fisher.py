@@ -228,15 +228,15 @@ def test_the_limit_is_a_quantile_of_all_calls() -> None:
 
 def test_two_processes_may_keep_the_same_number(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one writes and renames its file between the two steps of this one."""
-    others = [0.25]
+    others, write = [0.25], files.write_text
 
-    def interrupted(place: Path, found: dict[str, Any]) -> None:
-        files.write_json(place, found)
+    def interrupted(place: Path, text: str) -> None:
+        write(place, text)
         if others:
             other = others.pop()
             assert costs.kept("key", "llama", lambda: other) == other
 
-    monkeypatch.setattr(costs, "write_json", interrupted)
+    monkeypatch.setattr(files, "write_text", interrupted)
     assert costs.kept("key", "llama", lambda: 0.5) == 0.5
     assert costs.kept("key", "llama", lambda: 0.75) == 0.5
     kept = [each.suffix for each in (own_cache / "costs").iterdir() if not each.name.startswith(".")]
