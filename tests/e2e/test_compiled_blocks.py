@@ -113,14 +113,13 @@ def test_dense_blocks_are_replaced_and_give_the_same(family: str, tmp_path: Path
         assert apart(ours, outputs(model, ids, (9, 1, 1, 4, 1))) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_with_large_weights_are_recognized(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Gemma multiplies by one more than the weight, which the rounding of 16 bits hides if weights are large."""
+def test_norms_with_large_weights_are_recognized(tmp_path: Path) -> None:
+    """Gemma multiplies by one more than the weight, which the rounding of bfloat16 hides if weights are large."""
     path = models.save(tmp_path / "model", "gemma3") / "model.safetensors"
     tensors = load_file(path)
     large = {name: torch.full_like(t, 15) for name, t in tensors.items() if name.endswith("layernorm.weight")}
     save_file({**tensors, **large}, path, metadata={"format": "pt"})
-    model = load(quantized(tmp_path, path.parent), dtype)
+    model = load(quantized(tmp_path, path.parent), torch.bfloat16)
     assert replaced(model) == list(blocks.find_blocks(model))
 
 
