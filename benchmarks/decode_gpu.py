@@ -5,8 +5,8 @@
 
 The model has Llama 3 8B's widths and random packed weights, so what it writes means nothing and takes as long as any
 text. It is fused and generates as `fewbit generate --fuse` does; the time is that of 128 tokens less that of 32, by the
-number between, medians of five. The output head is bf16 unless `--head` names a scheme for it; a step is compiled by
-PyTorch before it is recorded if `--compile` is given.
+number between, medians of five. The output head is bf16 unless `--head` names a scheme for it. `--compile` compiles the
+step before it is recorded, if fewbit's own operations do not serve it.
 """
 
 from __future__ import annotations

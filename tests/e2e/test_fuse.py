@@ -22,7 +22,7 @@ from fewbit.api import quantize
 from fewbit.api import serve as serving
 from fewbit.errors import PlanError
 from fewbit.measure import speed
-from fewbit.models.decoding import caches, decode
+from fewbit.models.decoding import caches, decode, operations
 from fewbit.models.decoding.fuse import fuse, shared_inputs
 from fewbit.models.load import fuses_by_itself, load_model
 from fewbit.models.loading import Loading
@@ -213,6 +213,29 @@ def test_a_graph_is_recorded_anew_when_adapters_change(llama: Path, ids: Tensor)
     with tuned.disable_adapter():
         assert renewed()
     assert renewed()
+
+
+def test_what_our_operations_serve_is_not_compiled_and_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations are for GPUs. Here a stand-in says whether they replaced all of a block's."""
+    asked = list[bool]()
+
+    def compiled(compile: bool, replaced: list[str]) -> bool:
+        def replace(model: Any, *, whole: bool = False) -> list[str]:
+            asked.append(whole)
+            return replaced
+
+        monkeypatch.setattr(operations, "replace", replace)
+        model = fb.load(llama)
+        decode.within(model, LENGTH, compile=compile)
+        return bool(model.generate.__self__.compile)
+
+    # A warning is an error in these tests.
+    assert not compiled(False, ["model.norm"])
+    assert not compiled(False, [])
+    assert compiled(True, [])
+    with pytest.warns(UserWarning, match="not compiled: fewbit's own operations serve all its blocks, and are faster"):
+        assert not compiled(True, ["model.norm"])
+    assert asked == [False, False, True, True]
 
 
 def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None:

@@ -147,6 +147,30 @@ def test_a_compiled_step_writes_the_same_text(tmp_path: Path) -> None:
     assert step.forward.quick not in (None, step.forward.forward)  # compiled, not given up
 
 
+@pytest.mark.filterwarnings("default")  # the compiler recommends TensorFloat32
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_compile_leaves_a_step_that_our_operations_serve(family: str, tmp_path: Path) -> None:
+    """In bfloat16, Llama's blocks have no other operations, and it generates as without the option; Phi-3's have."""
+    quantize.quantize(models.save(tmp_path / "original", family), tmp_path / "out", plan=find("rtn-4bit"))
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "fuse": LENGTH}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model: Any = fewbit.load(tmp_path / "out", compile=True, **options)
+    said = [str(each.message) for each in told if "not compiled: fewbit's own operations" in str(each.message)]
+    ours = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert model.generate.__self__.compile == (family == "phi3")
+    if family == "phi3":
+        assert not said
+        assert not ours  # the compiler gets the model's own code
+        return
+    assert len(said) == 1
+    ids, _ = prompts()
+    plain: Any = fewbit.load(tmp_path / "out", **options)
+    assert ours == [name for name, module in plain.named_modules() if "forward" in vars(module)]
+    assert models.greedy(model, ids) == models.greedy(plain, ids)
+    assert not isinstance(step_of(model.generate.__self__).forward, Compiled)
+
+
 def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
     ids = torch.randint(3, models.VOCAB, (1, 9), generator=torch.Generator().manual_seed(1)).cuda()
     quantize.quantize(models.save(tmp_path / "original", "llama"), tmp_path / "out", plan=find("int8"))

@@ -48,7 +48,8 @@ def load(
     `peft.PeftModel.from_pretrained` does; PlanError if it belongs to another model. fuse: fuse linears that read the
     same tensor, and generate in a static cache of this many tokens, prompt included (on a GPU, one CUDA graph per
     token); PlanError beyond the model's context. compile: let PyTorch compile the decoding step at the first use of
-    each batch size; this takes many seconds and makes steps faster. PlanError without `fuse`, or without a GPU.
+    each batch size, which takes many seconds. A model whose blocks fewbit's own operations serve is faster without: it
+    is not compiled, and a warning says so. PlanError without `fuse`, or without a GPU.
     tensor_parallel: in a program that torchrun started, load only this process's part of each linear; all processes
     must then use the model in the same way. mmproj: the GGUF file with the vision tower of a GGUF model; a folder that
     has both files needs none. FormatError if it belongs to another model.

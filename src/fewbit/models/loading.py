@@ -62,7 +62,7 @@ class Loading(Settings):
     fuse: int | bool | None = setting(
         None, _fuse, "Fuse linears that share an input, and generate in a static cache of this many tokens."
     )
-    compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile the decoding step.")
+    compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile steps that fewbit's operations do not serve.")
     trust_remote_code: bool = setting(False, flag, "Run Python code that the model brings.")
     exact_activations: bool = setting(False, flag, "Use kernels that round activations only if named.")
     tensor_parallel: bool = setting(False, flag, "Under torchrun: load only this process's part of each linear.")

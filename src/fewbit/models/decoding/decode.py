@@ -57,11 +57,16 @@ def within(model: Any, length: int, *, compile: bool = False) -> None:
     """Make `model.generate` use a static cache of `length` tokens, prompt included, for greedy search and sampling.
 
     `generate` then raises PlanError if a text would become longer. Beam search, and calls with their own cache, work as
-    before. compile: compile the step with PyTorch before it is recorded. This takes long, for each batch size again.
+    before. compile: compile the step with PyTorch before it is recorded, unless fewbit's own operations serve all its
+    blocks, which is faster; a warning then says so. Compiling takes long, for each batch size again.
     """
     compiled_blocks.remove(model)
-    if not compile:  # else the compiler fuses these operations
-        operations.replace(model)
+    if operations.replace(model, whole=compile) and compile:
+        compile = False
+        warnings.warn(
+            "this model is not compiled: fewbit's own operations serve all its blocks, and are faster", stacklevel=2
+        )
+    if not compile:
         compiled_blocks.use(model)
     model.generate = Decoder(model, length, compile=compile).generate
 
