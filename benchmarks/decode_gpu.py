@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_gpu [--sequences 1,8,32] [--head SCHEME] [--length 512] [--layers 32] [--compile]
         [SCHEME ...]
+    python -m benchmarks.decode_gpu --prompt 2048 [--profile] [SCHEME ...]
 
 The model has Llama 3 8B's widths and random packed weights, so what it writes means nothing and takes as long as any
 text. It is fused and generates as `fewbit generate --fuse` does; the time is that of 128 tokens less that of 32, by the
@@ -69,6 +70,29 @@ def rate(model: Any, sequences: int) -> float:
         return statistics.median((MANY - FEW) / (seconds(MANY) - seconds(FEW)) for _ in range(ROUNDS))
 
 
+def reading(model: Any, tokens: int, *, profile: bool) -> float:
+    """Milliseconds until the first token after a prompt of so many tokens."""
+    ids = torch.randint(0, 128000, (1, tokens), device=CUDA)
+
+    def once() -> float:
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    with torch.inference_mode():
+        once()
+        found = statistics.median(once() for _ in range(ROUNDS))
+        if profile:
+            from torch.profiler import ProfilerActivity
+            from torch.profiler import profile as profiler
+
+            with profiler(activities=[ProfilerActivity.CUDA]) as told:
+                once()
+            print(told.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("schemes", nargs="*", default=("bf16", "int4-g128-sym", "int4-g128", "nf4-b64", "q4_k"))
@@ -77,11 +101,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     sequences = [int(s) for s in args.sequences.split(",")]
     how = f"head {args.head}, {args.layers} blocks{', compiled' * args.compile}"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {how}\n")
-    print(f"| tokens/s of all sequences | {' | '.join(map(str, sequences))} |\n|---|{'---|' * len(sequences)}")
+    if args.prompt:
+        sequences, args.length = [1], max(args.length, args.prompt + 8)
+        print(f"| ms until the first token | {args.prompt} tokens |\n|---|---|")
+    else:
+        print(f"| tokens/s of all sequences | {' | '.join(map(str, sequences))} |\n|---|{'---|' * len(sequences)}")
     for spec in args.schemes:
         start = time.perf_counter()
         model = made(spec, args.head, args.layers)
@@ -91,7 +121,10 @@ def main() -> None:
         within(model, args.length, compile=args.compile)
         torch.cuda.synchronize()
         took = time.perf_counter() - start
-        cells = " | ".join(f"{rate(model, n) * n:.0f}" for n in sequences)
+        if args.prompt:
+            cells = f"{reading(model, args.prompt, profile=args.profile):.1f}"
+        else:
+            cells = " | ".join(f"{rate(model, n) * n:.0f}" for n in sequences)
         print(f"| {spec} ({', '.join(kernels) or 'cuBLAS'}; made in {took:.0f} s) | {cells} |", flush=True)
         del model
         gc.collect()

@@ -202,7 +202,6 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )
     run = pipeline_run.Run(f"benchmark-{name}", str(folder), f"blocks quantized by {name}")
-    run.forget()
     laps: list[dict[str, float]] = []
     ends = [time.perf_counter()]
     if clock:
@@ -213,21 +212,24 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
             laps.append(clock.lap())
         ends.append(time.perf_counter())
 
-    reports = pipeline_blocks.quantize_blocks(
-        job.settled, Inputs(tokens if job.settled.need > Need.NOTHING else None), run, progress
-    )
-    quantized = time.perf_counter()
     out = Path(tempfile.mkdtemp()) / "out"
-    if job.single_file:
-        config = job.settled.skeleton.config
-        header = Header({"general.architecture": "llama"}, names.routes(config), positions.extra_tensors(config))
-        write_gguf.write(out, job.settled, Checkpoint(run.files()), header, {})
-    else:
-        out.mkdir()
-        write_folder.write(out, job.settled, Checkpoint(run.files()))
-    written = time.perf_counter()
-    shutil.rmtree(out.parent)
+    with run:
+        for old in run.files():
+            old.unlink()
+        reports = pipeline_blocks.quantize_blocks(
+            job.settled, Inputs(tokens if job.settled.need > Need.NOTHING else None), run, progress
+        )
+        quantized = time.perf_counter()
+        if job.single_file:
+            config = job.settled.skeleton.config
+            header = Header({"general.architecture": "llama"}, names.routes(config), positions.extra_tensors(config))
+            write_gguf.write(out, job.settled, Checkpoint(run.files()), header, {})
+        else:
+            out.mkdir()
+            write_folder.write(out, job.settled, Checkpoint(run.files()))
+        written = time.perf_counter()
     run.forget()
+    shutil.rmtree(out.parent)
     device.stop.set()
     device.join()
     return {
