@@ -20,10 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import microseconds, random_parts
+from benchmarks.gpu import random_parts
 from fewbit.kernels.base import Kernel
 from fewbit.kernels.nvidia import layout, ops
 from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.kernels.nvidia.tuning import microseconds
 from fewbit.nn.experts import QExperts
 from fewbit.schemes.base import QTensor, parse
 from fewbit.schemes.stacked import concatenated

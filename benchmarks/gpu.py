@@ -9,13 +9,12 @@ come from memory and not from the cache. Weights are random parts; each product 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fewbit.kernels.nvidia import Nvidia
+from fewbit.kernels.nvidia.tuning import COLD, microseconds
 from fewbit.schemes.base import Parts, Scheme, parse
 from fewbit.schemes.fp8 import FP8
 from fewbit.schemes.ggml.layout import LAYOUTS
@@ -29,8 +28,6 @@ SCHEMES = (
     *("fp8-row", "fp8-b128", "mxfp4", "nvfp4"),
 )
 CUDA = torch.device("cuda")
-CACHE = 300_000_000  # bytes that rotated weights take, five times the L2 of an H200
-STEPS = 20
 
 
 def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
@@ -56,29 +53,6 @@ def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     return parts
 
 
-def microseconds(calls: list[Callable[[], Tensor]]) -> float:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    repeats = -(-STEPS // len(calls))
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-    graph.replay()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    return statistics.median(found)
-
-
 def show(name: str, shape: tuple[int, int], nbytes: int, times: list[float]) -> None:
     cells = " | ".join(f"{t:.1f}" for t in times)
     print(f"| {name} | {shape[0]} x {shape[1]} | {nbytes / 1e6:.1f} | {cells} |", flush=True)
@@ -99,7 +73,7 @@ def packed(spec: str, shape: tuple[int, int], xs: list[Tensor]) -> None:
             raise SystemExit(f"{spec}, {len(x)} rows: differs from the reference by {distance:.1e}")
     del parts
     nbytes = sum(t.nbytes for t in prepared)
-    copies = [prepared, *(tuple(t.clone() for t in prepared) for _ in range(CACHE // nbytes))]
+    copies = [prepared, *(tuple(t.clone() for t in prepared) for _ in range(COLD // nbytes))]
     times = [
         microseconds([lambda p=p, x=x: kernel.linear(x, scheme, p, shape) for p in copies])  # type: ignore[misc]
         for x in xs
@@ -115,7 +89,7 @@ def others(shape: tuple[int, int], xs: list[Tensor]) -> None:
     show("bf16 linear", shape, ws[0].nbytes, times)
     del ws
     codes = torch.randint(0, 256, (n, k // 2), device=CUDA, dtype=torch.uint8)
-    packs = [torch.ops.aten._convert_weight_to_int4pack(codes, 2) for _ in range(1 + CACHE // codes.nbytes)]
+    packs = [torch.ops.aten._convert_weight_to_int4pack(codes, 2) for _ in range(1 + COLD // codes.nbytes)]
     pairs = torch.randn(k // 128, n, 2, device=CUDA, dtype=torch.bfloat16)
     multiply = torch.ops.aten._weight_int4pack_mm
     few = [x for x in xs if len(x) <= 64]

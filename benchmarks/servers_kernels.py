@@ -29,11 +29,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import CACHE, CUDA, microseconds, random_parts
+from benchmarks.gpu import CUDA, random_parts
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.base import Format, Stored
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.kernels.nvidia import Nvidia
+from fewbit.kernels.nvidia.tuning import COLD, microseconds
 from fewbit.schemes import bits
 from fewbit.schemes.base import QTensor, parse
 
@@ -269,7 +270,7 @@ class Timed:
             held, self.multiply = each.prepare(weight)
             self.exact = expected(weight, each.rounds_scales, slice(0, 256))
             self.nbytes = sum(t.nbytes for t in held)
-            self.copies = [held, *(tuple(t.clone() for t in held) for _ in range(max(1, CACHE // self.nbytes)))]
+            self.copies = [held, *(tuple(t.clone() for t in held) for _ in range(max(1, COLD // self.nbytes)))]
         except Exception as error:
             self.reasons.append(why(error))
 
@@ -286,7 +287,7 @@ class Timed:
     def time(self, x: Tensor) -> float | None:
         try:
             calls = [lambda held=held: self.multiply(x, held) for held in self.copies]
-            return microseconds(calls) if calls else None  # type: ignore[arg-type]
+            return microseconds(calls) if calls else None
         except Exception as error:
             self.reasons.append(f"{len(x)} rows: {why(error)}")
             return None

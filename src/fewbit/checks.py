@@ -139,12 +139,12 @@ def device(name: str, value: Any) -> str | None:
 
 def gpu(name: str, value: str | None) -> None:
     """PlanError for a device other than the CPU on a machine without a GPU. Which GPUs there are is checked later."""
-    if value not in (None, "auto", "cpu") and _without_gpu():
+    if value not in (None, "auto", "cpu") and without_gpu():
         raise PlanError(f"`{name}={value}` is not available", "Available: cpu.")
 
 
 @cache
-def _without_gpu() -> bool:
+def without_gpu() -> bool:
     """Whether PyTorch surely sees no GPU: it is built for the CPU, or it is built for CUDA and there is no driver.
 
     This must not import PyTorch, which takes seconds: its file version.py says what it is built for.

@@ -183,6 +183,7 @@ LIGHT: list[tuple[int, str]] = [
     (3, "recommend tiny --for edge --report missing"),
     (2, "recommend tiny --for edge --memory much"),
     (2, "run -- no-such-command"),
+    (2, "doctor tiny --tune"),
 ]
 RUN = """
 import json, sys
@@ -213,15 +214,17 @@ def test_a_gpu_that_is_not_there_is_refused_early(cuda: str | None, tmp_path: Pa
         except OSError:
             pass
     lines = ["generate tiny a --device cuda", "evaluate tiny --device cuda:1", "quantize tiny -o out --device cuda"]
+    lines.append("doctor --tune")
     done = in_folder_of_torch(builds(cuda, None), tmp_path, RUN, json.dumps([(2, line) for line in lines]))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("--device cuda is not available\n  Available: cpu.") == 2
+    assert "--tune needs an NVIDIA GPU\n" in done.stderr
 
 
 @pytest.mark.parametrize("version", [builds(None, "6.4"), builds("13.0", "6.4"), "made = 'otherwise'"])
 def test_a_gpu_that_may_be_there_is_not_refused(version: str, tmp_path: Path) -> None:
     """AMD's GPUs are `cuda`, too, and need no driver of NVIDIA. A version of their build need not say rocm."""
-    ask = "import sys\nfrom fewbit import checks\nprint(checks._without_gpu(), 'torch' in sys.modules)"
+    ask = "import sys\nfrom fewbit import checks\nprint(checks.without_gpu(), 'torch' in sys.modules)"
     done = in_folder_of_torch(version, tmp_path, ask)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

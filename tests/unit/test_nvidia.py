@@ -108,20 +108,21 @@ def test_sizes_are_such_that_shared_memory_suffices(kilobytes: int, of_x: int, m
 
 
 def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.kernels.nvidia import ops
+    from fewbit.kernels.nvidia import ops, sizes
 
     monkeypatch.setattr(in_cuda, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(in_cuda, "_shared_room", lambda device: 227 << 10)
     monkeypatch.setattr(in_cuda, "unusable", lambda device: None)
-    monkeypatch.setattr(ops, "_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(sizes, "tuned", lambda device: None)
+    monkeypatch.setattr(in_cuda, "hopper", lambda device: True)
     how = layout.recipe(parse("int4-g128"), 4096)
     assert isinstance(how, Recipe)
-    for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 2, 1, 2))):
-        assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0, 0)
+    for n, own in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 2, 1, 2))):
+        assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *own, 0, 0)
     of_fp4 = layout.recipe(parse("mxfp4"), 4096)
     assert isinstance(of_fp4, Recipe)
-    for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
-        assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *sizes, 0, 0)
+    for n, own in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
+        assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *own, 0, 0)
     assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
     monkeypatch.setattr(in_cuda, "hopper", lambda device: False)
     assert ops.choose(256, 4096, 4096, how, CUDA) == (ops.CUDA, 8, 2, 16, 1, 1, 0)

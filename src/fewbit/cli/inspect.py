@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fewbit.checks import without_gpu
 from fewbit.cli.flags import checked
 from fewbit.cli.options import Json, Model, printed
+from fewbit.errors import PlanError
 
 
 @checked
@@ -43,11 +45,25 @@ def doctor(
         str | None,
         typer.Argument(help="Load this model, and show how the CPU computes it and why not faster."),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Measure which sizes of kernels are fastest on this machine's GPUs, and use them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what this machine has, which kernels work on it, and what would make it faster."""
+    if tune and model is not None:
+        raise PlanError("`tune` with MODEL", "It measures GPUs, and no model: leave out one of them.")
+    if tune and without_gpu():
+        raise PlanError("`tune` needs an NVIDIA GPU", "Leave out `tune`.")
     from fewbit.advise import doctor as hardware
+    from fewbit.report import progress
     from fewbit.report import text as report
 
+    if tune:
+        with progress.ranges(True) as tell:
+            measured = hardware.tune(tell)
+        printed({"cards": [asdict(each) for each in measured]}) if as_json else report.tuned_cards(measured)
+        return
     found = hardware.look(model)
     printed(asdict(found)) if as_json else report.doctor(found)

@@ -245,6 +245,13 @@ def windows(progress: bool | Callable[[int, int], None] | None) -> Iterator[Call
 
 
 @contextmanager
+def ranges(progress: bool | None) -> Iterator[Callable[[int, int], None]]:
+    """Progress over the ranges of rows for which a GPU's kernels are measured."""
+    with _bar("range of rows", progress) as bar:
+        yield bar
+
+
+@contextmanager
 def costs(progress: bool | Callable[..., None] | None) -> Iterator[Callable[..., None]]:
     """Progress over the blocks of the model while their costs at each width are measured: forwards, then backwards.
 

@@ -15,6 +15,7 @@ from fewbit.units import age, duration, share, size
 
 if TYPE_CHECKING:
     from fewbit.advise.doctor import Hardware
+    from fewbit.kernels.nvidia.tuning import Measured as MeasuredCard
     from fewbit.measure.intervals import Interval
     from fewbit.measure.tasks import Score
     from fewbit.models.decoding.generate import Continuation
@@ -392,6 +393,8 @@ def doctor(found: Hardware) -> None:
     table.add_row("memory", size(found.memory))
     for name, reason in found.kernels.items():
         table.add_row(f"kernel {name}", f"no: {reason}" if reason else "ready")
+    for name, made in found.tuned.items():
+        table.add_row(f"sizes on {name}", "built in" if made is None else f"tuned on {made}")
     for name, why in found.missing.items():
         table.add_row(f"without {name}", why)
     out.print(table)
@@ -402,6 +405,21 @@ def doctor(found: Hardware) -> None:
         out.print(table)
     for line in found.advice:
         _say(f"- {line}")
+
+
+def tuned_cards(found: Sequence[MeasuredCard]) -> None:
+    """What `fewbit doctor --tune` prints."""
+    for each in found:
+        rows, numbers = map(str, each.rows), range(2, 2 + len(each.rows))
+        table = grid(f"{each.card}: µs of a product, by rows of activations", "", "", *rows, numbers=numbers)
+        for row in each.times:
+            for which, times in (("built in", row.before), ("tuned", row.after)):
+                table.add_row(f"{row.scheme}, {row.n} x {row.k}", which, *(f"{µs:.1f}" for µs in times))
+        out.print(table)
+        _say(
+            f"{each.changed} of {each.ranges} ranges of rows now use other sizes. Measured in {duration(each.seconds)}."
+        )
+        _say(f"Kept in {each.path}")
 
 
 def cache(folder: str, entries: Sequence[Kept]) -> None:

@@ -31,13 +31,41 @@ def cache_folder() -> Path:
         if reason := _why_not(folder):
             raise PlanError(f"FEWBIT_CACHE={own} is not writable: {reason}", _SET)
         return folder
+    if (usual := _usual()) is None:
+        return _temporary("this user has no home folder")
+    reason = _why_not(usual)
+    return usual if reason is None else _temporary(f"{usual} is not writable ({reason})")
+
+
+def existing(name: str) -> Path | None:
+    """The entry `name` of the cache, None without one. This creates nothing, and takes a cache that is not writable."""
+    if own := os.environ.get("FEWBIT_CACHE"):
+        places = [Path(expanded(own)).absolute() / name]
+    else:
+        usual, spare = _usual(), _spare()
+        places = [usual / name] if usual is not None else []
+        places += [spare / name] if spare.is_dir() and not _of_another(spare) else []
+    return next((place for place in places if place.exists()), None)
+
+
+def _usual() -> Path | None:
+    """The cache folder if $FEWBIT_CACHE is not set; None for a user without a home folder."""
     shared = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(shared).absolute() if shared else Path.home() / ".cache") / "fewbit"
+        return (Path(shared).absolute() if shared else Path.home() / ".cache") / "fewbit"
     except RuntimeError:  # HOME is not set and the user is not in the system's user database
-        return _temporary("this user has no home folder")
-    reason = _why_not(folder)
-    return folder if reason is None else _temporary(f"{folder} is not writable ({reason})")
+        return None
+
+
+def _spare() -> Path:
+    """A cache folder for this user in the temporary directory."""
+    user = os.getuid() if hasattr(os, "getuid") else None
+    return Path(tempfile.gettempdir()) / f"fewbit-{user or 'cache'}"
+
+
+def _of_another(folder: Path) -> bool:
+    """Whether a folder belongs to another user."""
+    return hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid()
 
 
 @cache
@@ -54,12 +82,10 @@ def _why_not(folder: Path) -> str | None:
 @cache
 def _temporary(why: str) -> Path:
     """A cache folder for this user in the temporary directory, which the system may delete at any time."""
-    user = os.getuid() if hasattr(os, "getuid") else None
     try:
-        folder = Path(tempfile.gettempdir()) / f"fewbit-{user or 'cache'}"
+        folder = _spare()
         folder.mkdir(mode=0o700, exist_ok=True)
-        theirs = user is not None and folder.lstat().st_uid != user
-        reason = f"{folder} belongs to another user" if theirs else _why_not(folder)
+        reason = f"{folder} belongs to another user" if _of_another(folder) else _why_not(folder)
     except OSError as error:  # the temporary directory is not writable either
         raise PlanError(f"there is no place for the cache: {why}; {error.strerror or error}", _SET) from None
     if reason:

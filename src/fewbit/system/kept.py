@@ -30,10 +30,11 @@ class Entry:
     """One thing that the cache keeps.
 
     kind: `runs` (unfinished runs of quantize and tune), `models` (converted pickles and the demo model), `comparisons`
-    (rows of compare, with their models), `costs` (of weights at each width), `temporary` (working folders) or `rescued`
-    (results that could not be written to their place). nbytes: bytes in its files. age: seconds since one of its files
-    was last written. in_use: a running process holds it. model: the model that it belongs to, as the user named it.
-    holds: what it has of the model. Both are empty for entries of fewbit 0.2 and before.
+    (rows of compare, with their models), `costs` (of weights at each width), `kernels` (the fastest sizes on a GPU),
+    `temporary` (working folders) or `rescued` (results that could not be written to their place). nbytes: bytes in its
+    files. age: seconds since one of its files was last written. in_use: a running process holds it. model: the model
+    that it belongs to, as the user named it; of `kernels` the GPU. holds: what it has of the model. Both are empty for
+    entries of fewbit 0.2 and before.
     """
 
     kind: str
@@ -57,6 +58,7 @@ _FOUND: tuple[tuple[str, str], ...] = (
     ("models", "smollm2-*"),
     ("comparisons", "compare/*"),
     ("costs", "costs/*"),
+    ("kernels", "kernels/*.json"),
     ("temporary", ".unpickled-*"),
     ("temporary", ".smollm2-*"),
     ("temporary", "on-load-*"),

@@ -162,6 +162,14 @@ def _driver() -> ctypes.CDLL:
     return driver
 
 
+def driver_version() -> int:
+    """The CUDA version of the driver, such as 13000."""
+    found = ctypes.c_int()
+    if code := _driver().cuDriverGetVersion(ctypes.byref(found)):
+        raise RuntimeError(f"cuDriverGetVersion: CUDA error {code}")
+    return found.value
+
+
 @cache
 def hopper(device: torch.device) -> bool:
     """Whether the GPU has Hopper's wgmma: four warps multiply together and read x from shared memory."""

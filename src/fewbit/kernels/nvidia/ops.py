@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels.base import Shapes, runs
-from fewbit.kernels.nvidia import in_cuda
+from fewbit.kernels.nvidia import in_cuda, sizes
 from fewbit.kernels.nvidia.in_cuda import Sizes
-from fewbit.kernels.nvidia.layout import E2M1, MAPPED, WORDS, Recipe, of_expert, operands, recipe
+from fewbit.kernels.nvidia.layout import MAPPED, WORDS, Recipe, of_expert, operands, recipe
 from fewbit.schemes.base import Codec
 
 Config = tuple[int, ...]
@@ -91,7 +91,7 @@ def linear(x: Tensor, tensors: Sequence[Tensor], how: Recipe, n: int, config: Co
     x = x.contiguous()
     if not m:
         return x.new_empty(0, n)
-    path, *sizes = config or _chosen(m, n, k, how, x.device)
+    path, *given = config or _chosen(m, n, k, how, x.device)
     if path == VALUES:
         y = x.new_empty(m, n)
         step = max(128, (1 << 28) // k)  # rows that are dequantized at a time: half a GiB of 16-bit values
@@ -101,9 +101,9 @@ def linear(x: Tensor, tensors: Sequence[Tensor], how: Recipe, n: int, config: Co
         return y
     y = x.new_empty(m, n)
     if path == CUDA:
-        in_cuda.linear(x, y, tensors, how, Sizes(*sizes))
+        in_cuda.linear(x, y, tensors, how, Sizes(*given))
         return y
-    rows, warps = sizes
+    rows, warps = given
     wide = 128 * warps
     device().gemv[(-(-n // rows), m)](
         x.view(torch.int32),
@@ -146,10 +146,10 @@ def grouped(
     x = x.contiguous()
     if not m:
         return x.new_empty(0, n)
-    path, *sizes = config or _chosen_grouped(m, n, k, experts, how, x.device)
+    path, *given = config or _chosen_grouped(m, n, k, experts, how, x.device)
     if path == CUDA:
         y = x.new_empty(m, n)
-        in_cuda.grouped(x, y, tensors, how, Sizes(*sizes), experts, ends)
+        in_cuda.grouped(x, y, tensors, how, Sizes(*given), experts, ends)
         return y
     if path == VALUES:
         weights = values(tensors, how, experts * n, k, x.dtype).view(experts, n, k)
@@ -167,7 +167,7 @@ def choose_grouped(m: int, n: int, k: int, experts: int, how: Recipe, device: to
     average = m / experts
     if in_cuda.unusable(device) is None and average <= _MOST:
         tiles = -(-k // how.tile)
-        warps, resident = next((sizes for sizes in _WARPS if tiles % sizes[0] == 0), (8, 2))
+        warps, resident = next((pair for pair in _WARPS if tiles % pair[0] == 0), (8, 2))
         return (CUDA, *in_cuda.Sizes(warps, 2, 1 if average <= _FEW else 2, resident))
     if how.scale != MAPPED and experts * n * k <= _AT_ONCE and k % 8 == n % 8 == 0 and hasattr(torch, "_grouped_mm"):
         return (VALUES,)
@@ -211,40 +211,12 @@ GEMV, VALUES, CUDA, LOOP = 0, 2, 3, 4
 ONE = 0x3F800000  # the bits of 1.0
 
 
-# Pairs: the largest number of rows of x, and the best sizes (in_cuda.Sizes) up to it. Beyond the last, the weight is
-# dequantized for cuBLAS. If there are several sizes, the first that keeps the GPU full for the weight's rows is used.
-# Measured: see benchmarks/results/2026-11-h200.md.
-CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
-    "NVIDIA H200": (
-        (8, (Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2), Sizes(8, 1, 1, 3))),
-        (16, (Sizes(4, 2, 2, 4), Sizes(8, 2, 2, 2))),
-        (32, (Sizes(8, 2, 4, 1, 1),)),
-        (64, (Sizes(16, 1, 8, 1, 1),)),
-        (128, (Sizes(8, 2, 16, 1, 1),)),
-        (192, (Sizes(8, 2, 12, 1, 1),)),
-        (256, (Sizes(8, 2, 16, 1, 1),)),
-    ),
-}
-# The same for Hopper, whose copy engine brings x into shared memory; for fewer rows the kernels above are faster.
-_HOPPER = ((128, Sizes(8, 2, 16, 1, 1, 1)), (192, Sizes(8, 1, 24, 1, 1, 2)), (256, Sizes(8, 1, 32, 1, 1, 2)))
-_LEAST_HOPPER = 65
-# The same for up to 8 rows of x and weights of FP4, which take more instructions.
-_FP4 = (Sizes(8, 1, 1, 3), Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2))
-_FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
-_DEFAULT = "NVIDIA H200"
-
-
 def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     """The kernel (CUDA, GEMV or VALUES) and its sizes for m rows of activations and a weight [n, k]."""
     if in_cuda.unusable(device) is None:
-        if m >= _LEAST_HOPPER and m <= _HOPPER[-1][0] and in_cuda.hopper(device):
-            return (CUDA, *next(sizes for rows, sizes in _HOPPER if m <= rows))
-        for rows, several in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
-            if m <= rows:
-                several = _FP4 if m <= 8 and how.level == E2M1 else several
-                fullest = max(several, key=lambda sizes: min(_FULL, in_cuda.fullness(sizes, n, device)))
-                return (CUDA, *in_cuda.fitting(fullest, how, device))
-    elif m <= 4:
+        found = sizes.best(m, n, how, device)
+        return (VALUES,) if found is None else (CUDA, *found)
+    if m <= 4:
         words = -(-k // how.tile) * 16
         return (GEMV, 4, 4 if words % 512 == 0 else 2 if words % 256 == 0 else 1)
     return (VALUES,)
@@ -254,9 +226,9 @@ def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
 _chosen, _chosen_grouped = lru_cache(maxsize=4096)(choose), lru_cache(maxsize=4096)(choose_grouped)
 
 
-@cache
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+def choose_again() -> None:
+    """Forget which kernels were chosen, as other sizes were measured."""
+    _chosen.cache_clear()
 
 
 def _strides(how: Recipe, tensors: Sequence[Tensor], k: int) -> tuple[int, int, int]:
