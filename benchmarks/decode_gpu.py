@@ -50,7 +50,7 @@ def made(spec: str, head: str, layers: int) -> Any:
                 filled = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
                 filled = filled.fill_(1) if tensor.dim() == 1 else filled.normal_(0, 0.02)
                 setattr(module, name, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=CUDA)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(CUDA)
     model.generation_config.eos_token_id = None
     return model.eval()
 

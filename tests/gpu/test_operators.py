@@ -47,12 +47,13 @@ def test_norm(k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [3, 70])  # a program takes one head, and eight heads
 @pytest.mark.parametrize("r", [128, 64])
-def test_rotary_positions(r: int, dtype: torch.dtype) -> None:
-    whole = drawn(2, 3, 14 * 128, dtype=dtype)
+def test_rotary_positions(r: int, tokens: int, dtype: torch.dtype) -> None:
+    whole = drawn(2, tokens, 14 * 128, dtype=dtype)
     q, k = (part.unflatten(-1, (-1, 128)).transpose(1, 2) for part in whole.split([8 * 128, 6 * 128], -1))
     for batch in (1, 2):
-        cos, sin = drawn(2, batch, 3, r, dtype=dtype).unbind()
+        cos, sin = drawn(2, batch, tokens, r, dtype=dtype).unbind()
         for found, x in zip(operators.rotate(q, k, cos, sin), (q, k), strict=True):
             a, b = x.double()[..., :r].chunk(2, -1)
             exact = x.double()[..., :r] * cos.double()[:, None] + torch.cat([-b, a], -1) * sin.double()[:, None]

@@ -46,27 +46,33 @@ def rotate(
     q, k, cos, sin, to_q, to_k,
     heads, shared, tokens, D, R, of_batch,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
-    BLOCK: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: its first R values are rotated by cos and sin [batch or 1, tokens, R], D - R are copied.
+    """HEADS heads of one token: their first R values are rotated by cos and sin [batch or 1, tokens, R], D - R copied.
 
     The results are [batch, tokens, heads, D].
     """
-    place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, token = place // tokens, place % tokens
     begin(OVERLAPS)
-    if head < heads:
-        start = q + batch * q_batch + head * q_head + token * q_token
+    groups = tl.cdiv(heads, HEADS)
+    if group < groups:
+        head = group * HEADS + tl.arange(0, HEADS)
+        there = head < heads
+        start = q + batch * q_batch + token * q_token + head * q_head
         to = to_q + (place * heads + head) * D
     else:
-        start = k + batch * k_batch + (head - heads) * k_head + token * k_token
-        to = to_k + (place * shared + head - heads) * D
-    at = tl.arange(0, BLOCK)
+        head = (group - groups) * HEADS + tl.arange(0, HEADS)
+        there = head < shared
+        start = k + batch * k_batch + token * k_token + head * k_head
+        to = to_k + (place * shared + head) * D
+    start, to, there = start[:, None], to[:, None], there[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
     half = R // 2
     inside = at < half
     angle = batch * of_batch + token * R + at
     kind = to_q.dtype.element_ty
-    a, b = tl.load(start + at, mask=inside), tl.load(start + half + at, mask=inside)
+    a, b = tl.load(start + at, mask=there & inside), tl.load(start + half + at, mask=there & inside)
     c, s = tl.load(cos + angle, mask=inside), tl.load(sin + angle, mask=inside)
     e, t = tl.load(cos + angle + half, mask=inside), tl.load(sin + angle + half, mask=inside)
     a, b, c, s, e, t = (
@@ -74,11 +80,11 @@ def rotate(
     )  # fmt: skip
     first = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
     second = (b * e).to(kind).to(tl.float32) + (a * t).to(kind).to(tl.float32)
-    tl.store(to + at, first.to(kind), mask=inside)
-    tl.store(to + half + at, second.to(kind), mask=inside)
+    tl.store(to + at, first.to(kind), mask=there & inside)
+    tl.store(to + half + at, second.to(kind), mask=there & inside)
     if REST:
-        more = tl.arange(0, REST)
-        rest = more < D - R
+        more = tl.arange(0, REST)[None, :]
+        rest = there & (more < D - R)
         tl.store(to + R + more, tl.load(start + R + more, mask=rest), mask=rest)
 
 
