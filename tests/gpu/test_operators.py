@@ -101,6 +101,25 @@ def test_attention_of_one_token(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "shared", "dk", "dv"), [(32, 8, 128, 128), (6, 2, 80, 64), (4, 4, 64, 48)])
+def test_attention_over_pages(heads: int, shared: int, dk: int, dv: int, dtype: torch.dtype) -> None:
+    """Texts of one key to many pages, whose pages lie anywhere. What lies in other slots may be anything."""
+    lengths = torch.tensor([1, 32, 33, 700, 2048], dtype=torch.int32, device="cuda")
+    count, size = 64, operators.PAGE
+    k, v = drawn(6 * count * size, shared, dk, dtype=dtype), drawn(6 * count * size, shared, dv, dtype=dtype)
+    order = torch.randperm(5 * count, generator=torch.Generator().manual_seed(0)).view(5, count).to("cuda", torch.int32)
+    pages = order * size
+    k[5 * count * size :] = v[5 * count * size :] = float("nan")
+    q = drawn(5, 1, heads, dk, dtype=dtype).transpose(1, 2)
+    found = operators.attend_pages(q, k, v, lengths, pages, 0.3)
+    for row, length in enumerate(lengths.tolist()):
+        slots = (pages[row].long()[:, None] + torch.arange(size, device="cuda")).flatten()[:length]
+        keys, values = (x[slots].double().transpose(0, 1).repeat_interleave(heads // shared, 0) for x in (k, v))
+        exact = (q[row].double() @ keys.transpose(1, 2) * 0.3).softmax(-1) @ values
+        close(found[row], exact[:, 0], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cache_gets_one_token_after_another(dtype: torch.dtype) -> None:
     keys, values = drawn(3, 2, 40, 80, dtype=dtype), drawn(3, 2, 40, 48, dtype=dtype)
     at, ticket = torch.tensor(7, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")

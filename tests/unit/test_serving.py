@@ -95,8 +95,8 @@ def test_tokens_are_drawn_as_often_as_transformers_would(choosing: Choosing) -> 
     if choosing.top_p < 1:
         wanted = TopPLogitsWarper(choosing.top_p)(None, wanted)
     count = 2000
-    chosen = [int(drawn(logits, choosing, (i + 0.5) / count)) for i in range(count)]
-    found = torch.bincount(torch.tensor(chosen, device="cpu"), minlength=len(logits)) / count
+    chosen = drawn(logits.expand(count, -1), choosing, [(i + 0.5) / count for i in range(count)])
+    found = torch.bincount(chosen, minlength=len(logits)) / count
     assert torch.allclose(found, wanted[0].softmax(0), atol=2 / count)
 
 
@@ -112,9 +112,18 @@ def test_penalties_and_bias_are_those_of_openai() -> None:
 
 def test_the_ends_of_the_interval_are_tokens() -> None:
     logits = torch.full((5,), 0.0, dtype=torch.float32, device="cpu")
-    assert int(drawn(logits, Choosing(1.0), 0.0)) == 0
-    assert int(drawn(logits, Choosing(1.0), 1 - 2**-53)) == 4
-    assert int(drawn(logits, Choosing(1.0, top_p=0.3), 1 - 2**-53)) in range(5)
+    both = logits.expand(2, -1)
+    assert drawn(both, Choosing(1.0), [0.0, 1 - 2**-53]).tolist() == [0, 4]
+    assert int(drawn(both[:1], Choosing(1.0, top_p=0.3), [1 - 2**-53])) in range(5)
+
+
+@pytest.mark.parametrize("choosing", [Choosing(0.7), Choosing(1.0, top_p=0.8), Choosing(1.3, top_k=7)])
+def test_a_row_does_not_depend_on_the_others(choosing: Choosing) -> None:
+    """Rows have many equal values, as those of bfloat16."""
+    rows = (torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) * 3).bfloat16().float()
+    uniform = [0.0, 0.1, 0.3, 0.6, 0.9, 0.999999]
+    alone = [drawn(rows[i : i + 1], choosing, uniform[i : i + 1]) for i in range(6)]
+    assert torch.equal(drawn(rows, choosing, uniform), torch.cat(alone))
 
 
 def test_a_histogram_counts_up_to_each_limit() -> None:

@@ -19,7 +19,7 @@ ROUNDED, SCALED, ONE = range(3)  # weight · round(x), round(weight · x), round
 SILU, TANH, ERF = range(3)  # silu; gelu with tanh; gelu
 
 WIDEST = 1 << 14  # the most values of a row of `rms_norm`
-_BLOCK = 32  # keys that `attend` reads at once
+PAGE = 32  # keys that `attend` reads at once, and slots of a page of `attend_pages`
 _PROMPT = 64  # tokens from which on a program of `rotate` takes eight heads: with one, 2048 tokens take 100 µs a layer
 
 
@@ -170,22 +170,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     16 times. mask: [B or 1, 1, 1, L], bool, or numbers that are added to the logits. Keys are divided among programs,
     so that one text uses the whole GPU. Blocks of keys that the mask hides are not read.
     """
-    batch, heads, _, dk = q.shape
-    shared, length, dv = k.shape[1], k.shape[2], v.shape[-1]
     mask = mask[:, 0, 0]
-    added = mask.dtype != torch.bool
-    blocks = -(-length // _BLOCK)
+    return _attended(q, k, v, mask.view(torch.uint8) if mask.dtype == torch.bool else mask, None, scale)
+
+
+def attend_pages(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor, scale: float) -> Tensor:
+    """Attention of one token for each text, over keys and values in pages of `PAGE` slots: [B, heads, DV].
+
+    q: [B, heads, 1, DK]. k: [slots, shared, DK], v: [slots, shared, DV], contiguous. lengths: int32 [B], the keys of
+    each text. pages: int32 [B, most pages], the first slot of each page.
+    """
+    return _attended(q, k, v, lengths, pages, scale)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pages: Tensor | None, scale: float) -> Tensor:
+    """The two kernels of `attend` and, with pages, of `attend_pages`. mask: [B or 1, L], or the lengths [B]."""
+    batch, heads, _, dk = q.shape
+    shared, dv = k.shape[1], v.shape[-1]
+    length = k.shape[2] if pages is None else pages.shape[1] * PAGE
+    blocks = -(-length // PAGE)
     parts = max(1, min(blocks, 2 * _multiprocessors(q.device) // (batch * shared), 64))
     out = torch.empty(batch, heads, dv, dtype=q.dtype, device=q.device)
     more = 0 if parts == 1 else batch * heads * parts
     partial = torch.empty(more * dv, dtype=torch.float32, device=q.device)
     tops = torch.empty(more * 2, dtype=torch.float32, device=q.device)
     _launch(
-        _device().attend, (batch * shared, parts), q, k, v, mask if added else mask.view(torch.uint8),
+        _device().attend, (batch * shared, parts), q, k, v, mask, mask if pages is None else pages,
         out, partial, tops, scale, shared, length, dk, dv, q.stride(0), q.stride(1),
-        mask.stride(0) if len(mask) > 1 else 0,
-        GROUP=heads // shared, BK=_power(dk), BV=_power(dv), BLOCK=_BLOCK,
-        COUNT=-(-blocks // parts), ADDED=added, warps=4,
+        mask.stride(0) if len(mask) > 1 else 0, 0 if pages is None else pages.stride(0), -(-blocks // parts),
+        GROUP=heads // shared, BK=_power(dk), BV=_power(dv), BLOCK=PAGE,
+        ADDED=mask.dtype != torch.uint8, PAGED=pages is not None, warps=4,
     )  # fmt: skip
     if parts > 1:
         grid, sizes = (batch * heads,), {"PARTS": _power(parts), "BV": _power(dv)}
@@ -207,8 +221,17 @@ def attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
         and v.is_contiguous()
         and q.shape[1] % k.shape[1] == 0
         and q.shape[1] // k.shape[1] <= 16
-        and max(k.shape[-1], v.shape[-1]) <= 256
-        and min(k.shape[-1], v.shape[-1]) >= 16
+        and _wide(k, v)
         and mask.stride(-1) == 1
         and len(mask) in (1, len(q))
     )
+
+
+def attends_pages(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_pages` takes these tensors."""
+    same = serves(q) and q.dtype == k.dtype == v.dtype and k.is_contiguous() and v.is_contiguous()
+    return same and q.shape[1] % k.shape[1] == 0 and q.shape[1] // k.shape[1] <= 16 and _wide(k, v)
+
+
+def _wide(k: Tensor, v: Tensor) -> bool:
+    return max(k.shape[-1], v.shape[-1]) <= 256 and min(k.shape[-1], v.shape[-1]) >= 16

@@ -133,16 +133,19 @@ def store(
 
 @triton.jit
 def attend(
-    q, k, v, mask, out, partial, tops, scale,
-    shared, L, DK, DV, q_batch, q_head, of_mask,
-    GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    ADDED: tl.constexpr, OVERLAPS: tl.constexpr,
+    q, k, v, mask, pages, out, partial, tops, scale,
+    shared, L, DK, DV, q_batch, q_head, of_mask, of_pages, count,
+    GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
+    ADDED: tl.constexpr, PAGED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the query heads that share keys, over COUNT blocks of keys, in base 2.
+    """Attention of the query heads that share keys, over `count` blocks of keys, in base 2.
 
     q: [batch, heads, 1, DK] with strides. k, v: [batch, shared, L, D], contiguous. mask: [batch, L], of logits to add
     (ADDED), or true where a key is seen. With one part, out [batch, heads, DV]; else the sums of a part in partial
     [batch, heads, parts, DV], and its maximum and its sum of weights in tops [batch, heads, parts, 2].
+
+    PAGED: k, v are [slots, shared, D], pages [batch, L / BLOCK] has the first slot of each page of BLOCK keys, and
+    mask [batch] the number of keys.
     """
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     batch, head = row // shared, row % shared
@@ -154,15 +157,24 @@ def attend(
     best = tl.full([16], float("-inf"), dtype=tl.float32)
     total = tl.zeros([16], dtype=tl.float32)
     sums = tl.zeros([16, BV], dtype=tl.float32)
-    for i in range(COUNT):
+    if PAGED:
+        L = tl.load(mask + batch)
+        count = tl.cdiv(tl.cdiv(L, BLOCK) - part, parts)
+    for i in range(count):
         at = (i * parts + part) * BLOCK + tl.arange(0, BLOCK)
-        if ADDED:
+        if PAGED:
+            added = tl.where(at < L, 0.0, float("-inf"))
+        elif ADDED:
             added = tl.load(mask + batch * of_mask + at, mask=at < L, other=float("-inf")).to(tl.float32)
         else:
             seen = tl.load(mask + batch * of_mask + at, mask=at < L, other=0)
             added = tl.where(seen != 0, 0.0, float("-inf"))
         if tl.max(added) > -1e30:  # else no key of this block counts, and it is not read
-            place = row * L + at
+            if PAGED:
+                slot = tl.load(pages + batch * of_pages + i * parts + part).to(tl.int64) + tl.arange(0, BLOCK)
+                place = slot * shared + head
+            else:
+                place = row * L + at
             key_in, value_in = (at[:, None] < L) & (of_k[None, :] < DK), (at[:, None] < L) & (of_v[None, :] < DV)
             key = tl.load(k + place[:, None] * DK + of_k[None, :], mask=key_in, other=0.0)
             value = tl.load(v + place[:, None] * DV + of_v[None, :], mask=value_in, other=0.0)

@@ -4,6 +4,8 @@ Before transformers calls PyTorch's attention with a mask, it repeats keys and v
 sequences in a batch, this takes half of a decoding step. Instead, the query heads that share keys and values become
 positions of one head, which gives the same sums. (Newer versions of transformers do this too.)
 
+Keys and values may also lie in the pages of continuous batching (`Paged`).
+
 On an NVIDIA GPU, one kernel divides the keys among its programs, because the few heads of one sequence would leave most
 of the GPU idle (`fewbit.kernels.nvidia.operators.attend`). A compiled step uses that too, where it can; else it keeps
 the repeats, which the compiler fuses.
@@ -11,9 +13,10 @@ the repeats, which the compiler fuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fewbit.errors import KernelError
 from fewbit.kernels.nvidia import operators
 
 _grouped: ContextVar[bool] = ContextVar("fewbit_grouped_queries", default=False)
@@ -29,6 +33,40 @@ _lock, _users = Lock(), [0]
 _growing: list[bool] = []  # for each user of `growing_texts`, whether PyTorch used cuDNN before
 # The table of all models. An entry of it is replaced and put back, never removed: other threads look it up meanwhile.
 _FUNCTIONS: Any = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
+
+_PAGES = "fewbit_pages"  # the argument of an attention with the step's `Paged`
+
+
+@dataclass(frozen=True)
+class Paged:
+    """The keys and values of one token for each of n texts, in pages. It takes the place of a cache in a step.
+
+    views: layer -> keys and values [slots, heads, D]. lengths: int32 [n], the keys of each text with the new one.
+    slots: int64 [n], of the new keys. pages: int32 [n, most pages], the first slot of each page.
+    """
+
+    views: Mapping[int, tuple[Tensor, Tensor]]
+    lengths: Tensor
+    slots: Tensor
+    pages: Tensor
+
+    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Store key and value [1, heads, n, D] of the new tokens. kwargs: of the attention, which get this object.
+
+        Models call it as they call `update` of transformers' paged cache.
+        """
+        for place, new in zip(self.views[layer], (key, value), strict=True):
+            place.index_copy_(0, self.slots, new[0].transpose(0, 1))
+        kwargs[_PAGES] = self
+        return key, value
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """The attention [1, n, heads, D] of the queries [1, heads, n, D]."""
+        keys, values = self.views[layer]
+        rows = query[0].transpose(0, 1).unsqueeze(2)
+        if not operators.attends_pages(rows, keys, values):
+            raise KernelError(f"attention over pages does not take {query.dtype} queries of shape {tuple(query.shape)}")
+        return operators.attend_pages(rows, keys, values, self.lengths, self.pages, scale)[None]
 
 
 @contextmanager
@@ -95,6 +133,10 @@ def attend(
     """
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
+    if (paged := kwargs.get(_PAGES)) is not None:
+        if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "sliding_window")):
+            raise KernelError("attention over pages knows plain attention only")
+        return paged.attend(module.layer_idx, query, size**-0.5 if scaling is None else scaling), None
     one = (
         all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache", "s_aux"))
         and tokens == 1

@@ -89,24 +89,26 @@ def within(logits: Tensor, scores: Tensor, allowed: bytes) -> Tensor:
     return limited
 
 
-def drawn(logits: Tensor, choosing: Choosing, uniform: float) -> Tensor:
-    """The token that `uniform`, from [0, 1), chooses from `logits` [vocabulary]: the inverse of the distribution.
+def drawn(logits: Tensor, choosing: Choosing, uniform: Sequence[float]) -> Tensor:
+    """The token that each of `uniform`, from [0, 1), chooses from its row of `logits` [rows, vocabulary]: int64 [rows].
 
-    As transformers, temperature comes first, then top_k, then top_p: the most likely tokens whose probabilities sum to
-    at least top_p (nucleus sampling, Holtzman et al. 2020).
+    It is the inverse of the row's distribution. As transformers, temperature comes first, then top_k, then top_p: the
+    most likely tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al. 2020). A row's token
+    does not depend on the other rows.
     """
     values, ids = logits.float() / choosing.temperature, None
-    if choosing.top_k:
-        values, ids = values.topk(min(choosing.top_k, len(values)))
-    elif choosing.top_p < 1:
-        values, ids = values.sort(descending=True)
+    if choosing.top_k and not values.is_cuda:
+        values, ids = values.topk(min(choosing.top_k, values.shape[-1]))
+    elif choosing.top_k or choosing.top_p < 1:  # on a GPU, which of equal values `topk` takes depends on the rows
+        values, ids = (x[:, : choosing.top_k or None] for x in values.sort(descending=True, stable=True))
     # Devices without float64 are none that fewbit computes on.
-    likely = values.to(torch.float64).softmax(0)
+    likely = values.to(torch.float64).softmax(-1)
     if choosing.top_p < 1:
-        likely = likely.where(likely.cumsum(0) - likely < choosing.top_p, 0.0)
-    summed = likely.cumsum(0)
-    place = torch.searchsorted(summed, (uniform * summed[-1]).reshape(1), right=True).clamp(max=len(summed) - 1)
-    return place[0] if ids is None else ids[place[0]]
+        likely = likely.where(likely.cumsum(-1) - likely < choosing.top_p, 0.0)
+    summed = likely.cumsum(-1)
+    reached = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * summed[:, -1:]
+    place = torch.searchsorted(summed, reached, right=True).clamp(max=summed.shape[-1] - 1)
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
 def likely(logits: Tensor, tokens: Sequence[int], top: int) -> list[Likely]:

@@ -34,6 +34,7 @@ from fewbit.models.decoding.choosing import Choosing, Likely, adjusted, drawn, l
 from fewbit.models.decoding.generate import text_settings
 from fewbit.models.decoding.scoring import Scoring
 from fewbit.models.decoding.single import Single
+from fewbit.models.decoding.together import Together
 
 try:
     from transformers import ContinuousBatchingConfig, LogitsProcessorList
@@ -142,9 +143,13 @@ class Engine:
             self._manager.output_router = _Router(self._requests)
             logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
             self._single = Single(self._manager.model, self._manager, self.context, choosing.of_one)
-            choosing.hear, whole_step = self._single.compare, self._manager._generation_loop_body
+            self._together = Together(self._manager.model, self._manager, choosing.of_several)
+            choosing.hear, whole_step = (
+                [self._single.compare, self._together.compare],
+                self._manager._generation_loop_body,
+            )
             self._manager._generation_loop_body = lambda processor, bootstrapping: (
-                self._single.step(processor) or whole_step(processor, bootstrapping)
+                self._single.step(processor) or self._together.step(processor) or whole_step(processor, bootstrapping)
             )
             self._manager.warmup()
         except (AttributeError, TypeError) as error:
@@ -303,7 +308,7 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
     """Chooses the next token of each request by the request's own settings.
 
     transformers then takes the largest score of each row. A row that samples is therefore minus infinity everywhere but
-    at the token that was drawn. Each row is computed alone, so that no request depends on its neighbours.
+    at the token that was drawn. No row depends on the others, so a request does not depend on its neighbours.
     """
 
     def __init__(self, requests: dict[str, _Request], processors: Any, ends: list[int]) -> None:
@@ -314,7 +319,7 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         self.supported_kwargs, self.ignored_kwargs = {}, ()
         self._requests, self._processors, self._ends = requests, processors, ends
         self._rows: list[tuple[_Request | None, Any]] = []
-        self.hear: Callable[[Tensor], None] = lambda scores: None  # gets the scores of each step
+        self.hear: Sequence[Callable[[list[Any], Tensor], None]] = ()  # get the states and the scores of each step
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
@@ -335,10 +340,24 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         self._rows = [(request, state)]
         return int(self(scores).argmax())
 
+    def of_several(self, states: list[Any], scores: Tensor) -> list[int]:
+        """The next tokens of requests. scores: [requests, vocabulary]."""
+        requests = [self._requests.get(state.request_id) for state in states]
+        if not self._processors and all(request is not None and request.plain for request in requests):
+            best, tokens = scores.max(-1)
+            found: list[int] = torch.where(best.isfinite(), tokens, -1).tolist()
+            if min(found) >= 0:
+                return found
+        self._rows = list(zip(requests, states, strict=True))
+        return self(scores).argmax(-1).tolist()
+
     def __call__(self, scores: Tensor, tensor_arg: Tensor | None = None) -> Tensor:
-        self.hear(scores)
+        for hear in self.hear:
+            hear([state for _, state in self._rows], scores)
         chosen = scores.clone()
         finite = scores.amax(-1).isfinite().tolist()  # the maximum of a row with NaN is NaN
+        sampled: dict[tuple[float, int, float], list[int]] = {}  # rows whose distributions are limited alike
+        limited = list[tuple[int, _Request, Grammar | None]]()
         for i, (request, state) in enumerate(self._rows):
             if processors := self._of_request(request):
                 tokens = [*state.initial_tokens, *state.generated_tokens]
@@ -352,26 +371,44 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
             limits = request.grammar if request.error is None else None
             if limits is not None and limits.complete:
                 continue
+            how = request.choosing
             try:
-                chosen[i] = adjusted(chosen[i], request.counts, request.choosing)
-                if len(state.generated_tokens) < request.choosing.min_tokens:
-                    known = [token for token in self._ends if 0 <= token < scores.shape[-1]]
-                    chosen[i, known] = -math.inf
-                if limits is not None:
-                    chosen[i] = within(chosen[i], scores[i], limits.allowed())
-                if request.choosing.temperature > 0:
-                    token = drawn(chosen[i], request.choosing, request.random.random())
-                    chosen[i] = -math.inf
-                    chosen[i, token] = 0.0
+                self._limit(i, request, state, scores, chosen, limits)
+            except FewbitError as error:  # of this request alone
+                request.error, limits = error.message, None
+            else:
+                if how.temperature > 0:
+                    sampled.setdefault((how.temperature, how.top_k or 0, how.top_p), []).append(i)
+            limited.append((i, request, limits))
+        for rows in sampled.values():
+            requests = [request for i in rows if (request := self._rows[i][0]) is not None]
+            drew = drawn(chosen[rows], requests[0].choosing, [request.random.random() for request in requests])
+            chosen[rows] = -math.inf
+            chosen[rows, drew] = 0.0
+        for i, request, limits in limited:
+            try:
                 if limits is not None:
                     limits.accept(int(chosen[i].argmax()))
-            except FewbitError as error:  # of this request alone
+            except FewbitError as error:
                 request.error = error.message
             if request.choosing.presence_penalty or request.choosing.frequency_penalty:
                 request.counts[int(chosen[i].argmax())] += 1
             if request.choosing.logprobs is not None:
                 request.likely += likely(scores[i : i + 1], [int(chosen[i].argmax())], request.choosing.logprobs)
         return chosen
+
+    def _limit(
+        self, i: int, request: _Request, state: Any, scores: Tensor, chosen: Tensor, limits: Grammar | None
+    ) -> None:
+        """Apply the penalties and limits of the request in row i to its row of `chosen`."""
+        row = adjusted(chosen[i], request.counts, request.choosing)
+        if len(state.generated_tokens) < request.choosing.min_tokens:
+            known = [token for token in self._ends if 0 <= token < scores.shape[-1]]
+            row[known] = -math.inf
+        if limits is not None:
+            row = within(row, scores[i], limits.allowed())
+        if row.data_ptr() != chosen[i].data_ptr():
+            chosen[i] = row
 
     def _of_request(self, request: _Request | None) -> Any:
         """The logits processors for a request, which may have a repetition penalty of its own."""
@@ -400,6 +437,7 @@ def _config(owner: Any, tokens: int, rows: int) -> Any:
         # `_Choosing` works on the host between the steps, which neither allows.
         "use_cuda_graph": False,
         "use_async_batching": False,
+        "auto_switch_to_flash": False,  # it may download a kernel, and recorded steps attend to pages themselves
     }
     return ContinuousBatchingConfig(**{name: value for name, value in given.items() if name in names})
 

@@ -9,7 +9,7 @@ with the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Single:
         """The model's logits [1, words] in float32."""
         return parts.logits(token, position)
 
-    def compare(self, scores: Tensor) -> None:
+    def compare(self, states: Sequence[Any], scores: Tensor) -> None:
         """Hear the model's own logits of a step."""
         if self._expected is not None:
             if torch.equal(self._expected, scores):
@@ -76,24 +76,13 @@ class Single:
 
     def _only(self, processor: Any) -> Any:
         """The request, if it is the only one and nobody asks for anything else. None if not."""
-        manager, scheduler = self._manager, processor.scheduler
-        if len(scheduler.active_requests) != 1 or scheduler.waiting_requests:
-            return None
-        if not (manager.input_queue.empty() and manager.cancel_queue.empty()):
-            return None
-        status = manager.background_thread_status
-        if status.local_status != status.DONT_STOP or status.is_pause_requested():
-            return None
-        (state,) = scheduler.active_requests.values()
-        reads = len(state.tokens_to_process) != 1 or state.remaining_prefill_tokens
-        return None if state.status.name != "DECODING" or reads or state.num_children else state
+        states = only_decoding(self._manager, processor.scheduler)
+        return states[0] if states is not None and len(states) == 1 else None
 
     def _of(self, processor: Any) -> _Parts | None:
         if processor.cache is not self._cache:
             self._cache, self._tested = processor.cache, False
-            known = all(hasattr(self._manager, name) for name in _MANAGER)
-            known = known and hasattr(self._manager.background_thread_status, "is_pause_requested")
-            self._parts = _Parts.of(self._model, processor.cache, self._length) if known else None
+            self._parts = _Parts.of(self._model, processor.cache, self._length) if known(self._manager) else None
         return self._parts
 
     def _room(self, cache: Any, parts: _Parts, state: Any) -> bool:
@@ -109,6 +98,28 @@ class Single:
         parts.sees(slots)
         self._state = state
         return True
+
+
+def only_decoding(manager: Any, scheduler: Any) -> list[Any] | None:
+    """The running requests of transformers' scheduler, if each reads one token and nobody asks for anything else."""
+    if scheduler.waiting_requests or not (manager.input_queue.empty() and manager.cancel_queue.empty()):
+        return None
+    status = manager.background_thread_status
+    if status.local_status != status.DONT_STOP or status.is_pause_requested():
+        return None
+    states = list(scheduler.active_requests.values())
+    for state in states:
+        reads = len(state.tokens_to_process) != 1 or state.remaining_prefill_tokens
+        if state.status.name != "DECODING" or reads or state.num_children:
+            return None
+    return states
+
+
+def known(manager: Any) -> bool:
+    """Whether `only_decoding` can be asked about a manager of this version of transformers."""
+    return all(hasattr(manager, name) for name in _MANAGER) and hasattr(
+        manager.background_thread_status, "is_pause_requested"
+    )
 
 
 class _Parts:

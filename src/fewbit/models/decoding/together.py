@@ -1,0 +1,183 @@
+"""The steps of continuous batching in which every running request gets one token and none waits, on an NVIDIA GPU.
+
+In such a step, Python launches a model's operations slower than the GPU computes them, and transformers' own recorded
+steps would choose tokens on the GPU, where a request cannot have its own settings. So `Together` takes the pages of the
+requests from transformers' cache, and replays the model as a CUDA graph on them, from token ids to logits. The requests
+stay transformers' own, so that their next step may be one with a new prompt. The first logits are compared with those
+of transformers' step.
+
+A graph has a fixed number of rows and of pages for each text. Rows without a request write to a page that nobody reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.nvidia import operators
+from fewbit.models.decoding import operations, pages
+from fewbit.models.decoding.attention import Paged, grouped_queries
+from fewbit.models.decoding.graph import Graph
+from fewbit.models.decoding.single import known, only_decoding
+
+_log = logging.getLogger("fewbit")
+# What is asked of the allocator of transformers' pages.
+_NAMES = ("block_table", "block_physical_stride", "write_trash_index", "tokens_per_page", "_kv_token_views")
+_PLACES = 4  # numbers of a row before its pages: token, position, number of keys, slot of the new key
+_LEAST_PAGES = 64  # 2048 tokens
+_WIDER = 4  # a graph has so many times as many pages as the next smaller one
+
+
+class Together:
+    """Computes the next token of all requests."""
+
+    devices: tuple[str, ...] = ("cuda",)
+
+    def __init__(self, model: Any, manager: Any, choose: Callable[[list[Any], Tensor], list[int]]) -> None:
+        """manager: transformers' for the model. choose: the next tokens of requests' states, from logits [n, words]."""
+        self._model, self._manager, self._choose = model, manager, choose
+        self._cache: Any = None  # the one that `_made` are for
+        self._allocator: Any = None  # of this cache; None: transformers computes all steps
+        self._made: dict[tuple[int, int], _Recorded] = {}  # by rows and pages
+        self._expected: dict[str, Tensor] = {}  # the logits of requests in the next step, until they were compared
+        self._tested = False
+
+    def step(self, processor: Any) -> bool:
+        """Compute a step of transformers' processor. False, with nothing done, if it is none of these."""
+        states = only_decoding(self._manager, processor.scheduler) if self._serves(processor) else None
+        if not states or not all(processor.cache.can_store_request_tokens(state, 1) for state in states):
+            self._expected = {}
+            return False
+        if not self._tested:
+            self._try(states)
+            return False  # the model computes the same, and overwrites the keys and values
+        complete = [processor.cache.count_new_complete_blocks(state, 1) for state in states]
+        chosen = self._choose(states, self._logits(states))
+        told = list[Any]()
+        for state, token, blocks in zip(states, chosen, complete, strict=True):
+            state.position_offset += 1
+            finished = state.update_and_check_completion(token, None)
+            processor.cache.mark_complete_blocks(state, blocks)
+            if finished:
+                processor.scheduler.finish_request(state.request_id)
+                processor.scheduler.block_new_requests = False
+            told.append(state.to_generation_output())
+        processor.output_router.deliver_batch(told)
+        return True
+
+    def _try(self, states: list[Any]) -> None:
+        """Compute the logits that transformers' step is to be compared with."""
+        try:
+            logits = self._logits(states).clone()
+            if logits.is_cuda:  # transformers uses another stream
+                torch.cuda.current_stream(logits.device).synchronize()
+        except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
+            self._refuse(f"{type(error).__name__}: {str(error)[:200]}")
+        else:
+            self._expected = {state.request_id: row for state, row in zip(states, logits, strict=True)}
+
+    def _refuse(self, why: str) -> None:
+        self._allocator = None
+        self._made.clear()
+        _log.warning("Steps of this model are not recorded as CUDA graphs: %s", why)
+
+    def compare(self, states: Sequence[Any], scores: Tensor) -> None:
+        """Hear the model's own logits [n, words] of a step."""
+        if not self._expected:
+            return
+        expected, self._expected = self._expected, {}
+        rows = [
+            (expected[s.request_id], row) for s, row in zip(states, scores, strict=True) if s.request_id in expected
+        ]
+        if not rows:
+            return
+        ours, own = (torch.stack(list(each)).float() for each in zip(*rows, strict=True))
+        distance = float((ours - own).norm() / own.norm())
+        self._tested = distance <= operations.tolerance(self._model)
+        if not self._tested:
+            self._refuse(f"its logits differ by {distance:.1%}")
+
+    def _serves(self, processor: Any) -> bool:
+        if processor.cache is not self._cache:
+            self._cache, self._tested, self._allocator = processor.cache, False, None
+            self._made.clear()
+            if self._model.device.type in self.devices:
+                why = self._why_not(processor.cache)
+                if why is None:
+                    (self._allocator,) = processor.cache.cache_allocators.values()
+                else:
+                    self._refuse(why)
+        return self._allocator is not None
+
+    def _why_not(self, cache: Any) -> str | None:
+        """Why transformers computes all steps; None if it does not."""
+        if torch.distributed.is_initialized():
+            return "several processes serve it"
+        if (attention := self._model.config._attn_implementation) != "sdpa":
+            return f"its attention is {attention}, not sdpa"
+        if not known(self._manager) or not hasattr(cache, "cache_allocators"):
+            return "this version of transformers has another cache; 5.24 has one that fits"
+        if not pages.is_paged(cache) or len(cache.cache_allocators) != 1:
+            return "it has layers with a sliding window"
+        (allocator,) = cache.cache_allocators.values()
+        if not all(hasattr(allocator, name) for name in _NAMES) or allocator.tokens_per_page != operators.PAGE:
+            return "this version of transformers has other pages"
+        return None
+
+    def _logits(self, states: Sequence[Any]) -> Tensor:
+        """The model's logits [requests, words] in float32; they are valid until the next step."""
+        own, size = self._allocator, self._allocator.tokens_per_page
+        lines = list[list[int]]()
+        for state in states:
+            at, stride = state.position_offset, own.block_physical_stride
+            starts = [block * stride for block in own.block_table[state.request_id][: at // size + 1]]
+            lines.append([state.tokens_to_process[0], at, at + 1, starts[-1] + at % size, *starts])
+        rows = 1 << (len(lines) - 1).bit_length()
+        width = _LEAST_PAGES
+        while width < max(map(len, lines)) - _PLACES:
+            width *= _WIDER
+        nobody = [0, 0, 1, own.write_trash_index, own.write_trash_index]
+        lines += [nobody] * (rows - len(lines))
+        if (rows, width) not in self._made:
+            self._made[rows, width] = _Recorded(self._model, own._kv_token_views, rows, width)
+        return self._made[rows, width](lines)[: len(states)]
+
+
+class _Recorded:
+    """A step of `rows` texts with at most `width` pages each."""
+
+    def __init__(self, model: Any, views: Any, rows: int, width: int) -> None:
+        """views: layer -> its keys and values [slots, heads, D]."""
+        device = model.device
+        pinned = device.type == "cuda"
+        self._given = torch.zeros(rows, _PLACES + width, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._numbers = torch.zeros(rows, _PLACES + width, dtype=torch.int32, device=device)
+        self._mask = torch.zeros(1, 1, rows, 1, dtype=model.dtype, device=device)  # keeps transformers from making one
+        self._model, self._views = model, views
+        self._graph = Graph(self._forward, device)
+
+    def __call__(self, lines: Sequence[Sequence[int]]) -> Tensor:
+        """The logits [rows, words]. lines: for each row its token, position, number of keys, slot, and pages."""
+        for own, line in zip(self._given.numpy(), lines, strict=True):
+            own[: len(line)] = line
+        self._numbers.copy_(self._given, non_blocking=True)
+        with grouped_queries():
+            logits: Tensor = self._graph()
+        return logits
+
+    def _forward(self) -> Tensor:
+        token, position, length, slot = self._numbers[:, :_PLACES].unbind(1)
+        paged = Paged(self._views, length.contiguous(), slot.long(), self._numbers[:, _PLACES:])
+        out = self._model(
+            input_ids=token.long()[None],
+            position_ids=position.long()[None],
+            attention_mask=self._mask,
+            cache=paged,
+            use_cache=False,
+        )
+        logits: Tensor = out.logits[0].float()
+        return logits

@@ -1,0 +1,173 @@
+"""Requests that run together take a recorded step on a GPU, and their texts are the same. Here it runs on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewbit
+from fewbit.kernels.nvidia import operators
+from fewbit.models.decoding import operations
+from fewbit.models.decoding.choosing import Choosing
+from fewbit.models.decoding.continuous import Engine, News
+from fewbit.models.decoding.together import Together
+from tests import models
+from tests.limits import HANG
+
+PROMPTS = ([5, 6, 7, 8], list(range(20, 51)), list(range(9, 80)))
+SAMPLED = Choosing(temperature=1.0, top_p=0.9, seed=3, logprobs=2, frequency_penalty=0.5)
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is None,
+    reason="this version of transformers has other pages, so all steps are its own",
+)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor, scale: float) -> Tensor:
+    """The definition of `operators.attend_pages`."""
+    rows = list[Tensor]()
+    for one, count, own in zip(q, lengths.tolist(), pages, strict=True):
+        slots = (own.long()[:, None] + torch.arange(operators.PAGE)).flatten()[:count]
+        keys, values = (x[slots].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v))
+        rows.append(((one @ keys.transpose(1, 2) * scale).softmax(-1) @ values)[:, 0])
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(Together, "devices", ("cpu",))
+    monkeypatch.setattr(operators, "attends_pages", lambda q, k, v: True)
+    monkeypatch.setattr(operators, "attend_pages", attended)
+    return monkeypatch
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[Engine]:
+    made = Engine(fewbit.load("tiny", dtype=torch.float32, device="cpu"), 160, 8, None)
+    try:
+        yield made
+    finally:
+        made.stop(finish=False)
+
+
+def answers(engine: Engine, asked: list[tuple[list[int], int, Choosing]]) -> list[News]:
+    """The last news of requests that are made one right after the other."""
+    told = [queue.SimpleQueue[News]() for _ in asked]
+    for (prompt, new, choosing), own in zip(asked, told, strict=True):
+        engine.submit(prompt, new, choosing, own.put)
+    found = list[News]()
+    for own in told:
+        while not (news := own.get(timeout=HANG)).finished:
+            pass
+        assert news.error is None
+        found.append(news)
+    return found
+
+
+def rows_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many requests each step of `Together` has; the list grows."""
+    taken, logits = list[int](), Together._logits
+
+    def noted(self: Together, states: Any) -> Tensor:
+        taken.append(len(states))
+        return logits(self, states)
+
+    monkeypatch.setattr(Together, "_logits", noted)
+    return taken
+
+
+ASKED = [(PROMPTS[0], 50, Choosing()), (PROMPTS[1], 20, SAMPLED), (PROMPTS[2], 35, Choosing(logprobs=1))]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[News]:
+    """The answers by transformers' own steps."""
+    with engine() as made:
+        assert made._together._allocator is None
+        return answers(made, ASKED)
+
+
+def same(found: list[News], wanted: list[News]) -> None:
+    for ours, own in zip(found, wanted, strict=True):
+        assert ours.tokens == own.tokens
+        for a, b in zip(ours.likely, own.likely, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+def test_the_texts_are_the_same(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
+    """Pages begin and end at different tokens of each text, and texts end one after another."""
+    with engine() as made:
+        taken = rows_of(made, here)
+        same(answers(made, ASKED), wanted)
+        assert len(taken) >= 40
+        assert {1, 2, 3} <= set(taken)  # as requests end
+        before = len(taken)
+        same(answers(made, ASKED[:1]), wanted[:1])
+        assert len(taken) >= before + 45
+
+
+def test_the_first_step_is_compared(here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:
+    here.setattr(operators, "attend_pages", lambda *given: attended(*given) * 1.5)
+    here.setattr(operations, "tolerance", lambda model: 0.03)
+    with engine() as made:
+        taken = rows_of(made, here)
+        same(answers(made, ASKED), wanted)
+        assert len(taken) == 1
+    assert "not recorded as CUDA graphs: its logits differ by" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such kernel"), KeyError("cache")])
+def test_a_model_that_cannot_is_left_to_transformers(
+    error: Exception, here: pytest.MonkeyPatch, wanted: list[News], caplog: Any
+) -> None:
+    def fail(*given: Any) -> Tensor:
+        raise error
+
+    here.setattr(operators, "attend_pages", fail)
+    with engine() as made:
+        taken = rows_of(made, here)
+        same(answers(made, ASKED), wanted)
+        assert len(taken) == 1
+    assert "not recorded as CUDA graphs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "why"),
+    [("gemma2", None, "its attention is paged|eager"), ("gemma3", None, "sliding window"), ("llama", "eager", "eager")],
+)
+def test_it_is_said_why_steps_are_not_recorded(
+    family: str, attention: str | None, why: str, here: pytest.MonkeyPatch, caplog: Any, tmp_path: Path
+) -> None:
+    folder = models.save(tmp_path / "model", family)
+    model = fewbit.load(folder, dtype=torch.float32, device="cpu")
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    made = Engine(model, 128, 8, None)
+    try:
+        assert len(answers(made, [(PROMPTS[0], 5, Choosing(ignore_eos=True))])[0].tokens) == 5
+        assert made._together._allocator is None
+    finally:
+        made.stop(finish=False)
+    assert caplog.text.count("not recorded as CUDA graphs") == 1
+    assert why in caplog.text
+
+
+def test_a_cancelled_request_leaves_the_others(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
+    with engine() as made:
+        first, told = queue.SimpleQueue[News](), queue.SimpleQueue[News]()
+        made.submit(*ASKED[0], told.put)
+        name = made.submit(PROMPTS[1], 60, Choosing(), first.put)
+        while len(first.get(timeout=HANG).tokens) < 8:
+            pass
+        made.cancel(name)
+        while not (news := told.get(timeout=HANG)).finished:
+            pass
+        assert news.tokens == wanted[0].tokens

@@ -1,0 +1,71 @@
+"""Requests of a server's engine that run together replay one CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.models.decoding.choosing import Choosing
+from fewbit.models.decoding.continuous import Engine, News
+from fewbit.models.decoding.fuse import fuse
+from fewbit.models.decoding.together import Together
+from tests.limits import HANG
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is None,
+        reason="this version of transformers has other pages, so all steps are its own",
+    ),
+]
+
+PROMPTS = ([5, 6, 7, 8], list(range(20, 51)), list(range(9, 80)))
+
+
+def answered(model: Any) -> tuple[Together, list[News]]:
+    """The answers of an engine to three requests at once, and how it took its steps."""
+    engine = Engine(model, 400, 8, None)
+    try:
+        told = [queue.SimpleQueue[News]() for _ in PROMPTS]
+        for prompt, own in zip(PROMPTS, told, strict=True):
+            engine.submit(prompt, 60, Choosing(logprobs=1, ignore_eos=True), own.put)
+        found = list[News]()
+        for own in told:
+            while not (news := own.get(timeout=HANG)).finished:
+                pass
+            assert news.error is None
+            found.append(news)
+        return engine._together, found
+    finally:
+        engine.stop(finish=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_texts_of_requests_that_run_together(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order round differently, so texts are compared as far as their tokens agree."""
+    fewbit.quantize("tiny", tmp_path / "out", plan="rtn-4bit", device="cuda")
+    model = fewbit.load(tmp_path / "out", dtype=dtype, device="cuda")
+    fuse(model)
+    together, found = answered(model)
+    assert together._tested
+    assert any(each._graph.recorded is not None for each in together._made.values())
+    monkeypatch.setattr(Together, "devices", ())
+    alone, wanted = answered(model)
+    assert not alone._made
+    agreeing = 0
+    for ours, own in zip(found, wanted, strict=True):
+        for a, b in zip(ours.likely, own.likely, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=0.1)
+            agreeing += a.token == b.token
+            if a.token != b.token:
+                break
+    assert agreeing > 60
