@@ -139,6 +139,18 @@ def test_a_model_that_cannot_is_left_to_transformers(
     assert "not recorded as CUDA graphs" in caplog.text
 
 
+def test_steps_do_not_use_cudnn() -> None:
+    """It plans anew for each number of keys: 54 ms on an H200."""
+    seen = list[bool]()
+    with engine() as made:
+        model = made._manager.model
+        model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        answers(made, [(PROMPTS[0], 5, Choosing(logprobs=1))])
+    assert len(seen) >= 5
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize(
     ("family", "attention", "why"),
     [("gemma2", None, "its attention is paged|eager"), ("gemma3", None, "sliding window"), ("llama", "eager", "eager")],

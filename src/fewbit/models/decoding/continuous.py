@@ -30,6 +30,7 @@ from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 from fewbit import units
 from fewbit.errors import FewbitError, KernelError, PlanError
 from fewbit.models.decoding import operations
+from fewbit.models.decoding.attention import growing_texts
 from fewbit.models.decoding.choosing import Choosing, Likely, adjusted, drawn, likely, within
 from fewbit.models.decoding.generate import text_settings
 from fewbit.models.decoding.scoring import Scoring
@@ -144,13 +145,8 @@ class Engine:
             logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
             self._single = Single(self._manager.model, self._manager, self.context, choosing.of_one)
             self._together = Together(self._manager.model, self._manager, choosing.of_several)
-            choosing.hear, whole_step = (
-                [self._single.compare, self._together.compare],
-                self._manager._generation_loop_body,
-            )
-            self._manager._generation_loop_body = lambda processor, bootstrapping: (
-                self._single.step(processor) or self._together.step(processor) or whole_step(processor, bootstrapping)
-            )
+            choosing.hear = [self._single.compare, self._together.compare]
+            self._manager._generation_loop_body = self._steps(self._manager._generation_loop_body)
             self._manager.warmup()
         except (AttributeError, TypeError) as error:
             raise KernelError(
@@ -165,6 +161,17 @@ class Engine:
             self._manager.start()
         self._watcher = threading.Thread(target=self._watch, name="fewbit-engine-watcher")
         self._watcher.start()
+
+    def _steps(self, whole: Callable[[Any, bool], bool]) -> Callable[[Any, bool], bool]:
+        """transformers' step, `whole`, and the quicker ones where they serve."""
+
+        def step(processor: Any, bootstrapping: bool) -> bool:
+            if self._single.step(processor) or self._together.step(processor):
+                return True
+            with growing_texts():  # each step has another number of keys
+                return whole(processor, bootstrapping)
+
+        return step
 
     @property
     def ready(self) -> bool:
