@@ -410,12 +410,17 @@ def doctor(found: Hardware) -> None:
 def tuned_cards(found: Sequence[MeasuredCard]) -> None:
     """What `fewbit doctor --tune` prints."""
     for each in found:
-        rows, numbers = map(str, each.rows), range(2, 2 + len(each.rows))
-        table = grid(f"{each.card}: µs of a product, by rows of activations", "", "", *rows, numbers=numbers)
-        for row in each.times:
-            for which, times in (("built in", row.before), ("tuned", row.after)):
-                table.add_row(f"{row.scheme}, {row.n} x {row.k}", which, *(f"{µs:.1f}" for µs in times))
-        out.print(table)
+        table = grid(f"{each.card}: µs of a product", "weight", "", "rows", "built in", "tuned", numbers=(2, 3, 4))
+        changed = [
+            (row.scheme, f"{row.n} x {row.k}", str(m), f"{before:.1f}", f"{after:.1f}")
+            for row in each.times
+            for m, before, after in zip(each.rows, row.before, row.after, strict=True)
+            if before != after
+        ]
+        for cells in changed:
+            table.add_row(*cells)
+        if changed:
+            out.print(table)
         _say(
             f"{each.changed} of {each.ranges} ranges of rows now use other sizes. Measured in {duration(each.seconds)}."
         )
