@@ -38,35 +38,45 @@ _PAGES = "fewbit_pages"  # the argument of an attention with the step's `Paged`
 
 
 @dataclass(frozen=True)
-class Paged:
-    """The keys and values of one token for each of n texts, in pages. It takes the place of a cache in a step.
+class Places:
+    """Where the keys and values of n texts lie. Their order does not matter to attention.
 
-    views: layer -> keys and values [slots, heads, D]. lengths: int32 [n], the keys of each text with the new one.
-    slots: int64 [n], of the new keys. pages: int32 [n, most pages], the first slot of each page.
+    lengths: int32 [n], the keys of each text with the new one. slots: int64 [n], of the new keys. pages: int32 [n, most
+    pages], the first slot of each page.
     """
 
-    views: Mapping[int, tuple[Tensor, Tensor]]
     lengths: Tensor
     slots: Tensor
     pages: Tensor
+
+
+@dataclass(frozen=True)
+class Paged:
+    """The keys and values of one token for each of n texts, in pages. It takes the place of a cache in a step.
+
+    views: layer -> keys and values [slots, heads, D]. places: layer -> where those of the texts are.
+    """
+
+    views: Mapping[int, tuple[Tensor, Tensor]]
+    places: Mapping[int, Places]
 
     def update(self, key: Tensor, value: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Store key and value [1, heads, n, D] of the new tokens. kwargs: of the attention, which get this object.
 
         Models call it as they call `update` of transformers' paged cache.
         """
-        for place, new in zip(self.views[layer], (key, value), strict=True):
-            place.index_copy_(0, self.slots, new[0].transpose(0, 1))
+        for view, new in zip(self.views[layer], (key, value), strict=True):
+            view.index_copy_(0, self.places[layer].slots, new[0].transpose(0, 1))
         kwargs[_PAGES] = self
         return key, value
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """The attention [1, n, heads, D] of the queries [1, heads, n, D]."""
-        keys, values = self.views[layer]
+        (keys, values), own = self.views[layer], self.places[layer]
         rows = query[0].transpose(0, 1).unsqueeze(2)
         if not operators.attends_pages(rows, keys, values):
             raise KernelError(f"attention over pages does not take {query.dtype} queries of shape {tuple(query.shape)}")
-        return operators.attend_pages(rows, keys, values, self.lengths, self.pages, scale)[None]
+        return operators.attend_pages(rows, keys, values, own.lengths, own.pages, scale)[None]
 
 
 @contextmanager
@@ -134,7 +144,7 @@ def attend(
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
     if (paged := kwargs.get(_PAGES)) is not None:
-        if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "sliding_window")):
+        if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
             raise KernelError("attention over pages knows plain attention only")
         return paged.attend(module.layer_idx, query, size**-0.5 if scaling is None else scaling), None
     one = (

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels.nvidia import operators
-from fewbit.models.decoding import operations, pages
-from fewbit.models.decoding.attention import Paged, grouped_queries
+from fewbit.models.decoding import operations
+from fewbit.models.decoding.attention import Paged, Places, grouped_queries
 from fewbit.models.decoding.graph import Graph
 from fewbit.models.decoding.single import known, only_decoding
 
 _log = logging.getLogger("fewbit")
-# What is asked of the allocator of transformers' pages.
+# The allocators of transformers' pages that are known, and what is asked of them.
+_KINDS = ("FullAttentionCacheAllocator", "SlidingAttentionCacheAllocator")
 _NAMES = ("block_table", "block_physical_stride", "write_trash_index", "tokens_per_page", "_kv_token_views")
-_PLACES = 4  # numbers of a row before its pages: token, position, number of keys, slot of the new key
 _LEAST_PAGES = 64  # 2048 tokens
 _WIDER = 4  # a graph has so many times as many pages as the next smaller one
 
@@ -41,8 +41,8 @@ class Together:
         """manager: transformers' for the model. choose: the next tokens of requests' states, from logits [n, words]."""
         self._model, self._manager, self._choose = model, manager, choose
         self._cache: Any = None  # the one that `_made` are for
-        self._allocator: Any = None  # of this cache; None: transformers computes all steps
-        self._made: dict[tuple[int, int], _Recorded] = {}  # by rows and pages
+        self._allocators: list[Any] = []  # of this cache; none: transformers computes all steps
+        self._made: dict[tuple[int, tuple[int, ...]], _Recorded] = {}  # by rows, and pages for each allocator
         self._expected: dict[str, Tensor] = {}  # the logits of requests in the next step, until they were compared
         self._tested = False
 
@@ -81,7 +81,7 @@ class Together:
             self._expected = {state.request_id: row for state, row in zip(states, logits, strict=True)}
 
     def _refuse(self, why: str) -> None:
-        self._allocator = None
+        self._allocators = []
         self._made.clear()
         _log.warning("Steps of this model are not recorded as CUDA graphs: %s", why)
 
@@ -103,15 +103,15 @@ class Together:
 
     def _serves(self, processor: Any) -> bool:
         if processor.cache is not self._cache:
-            self._cache, self._tested, self._allocator = processor.cache, False, None
+            self._cache, self._tested, self._allocators = processor.cache, False, []
             self._made.clear()
             if self._model.device.type in self.devices:
                 why = self._why_not(processor.cache)
                 if why is None:
-                    (self._allocator,) = processor.cache.cache_allocators.values()
+                    self._allocators = list(processor.cache.cache_allocators.values())
                 else:
                     self._refuse(why)
-        return self._allocator is not None
+        return bool(self._allocators)
 
     def _why_not(self, cache: Any) -> str | None:
         """Why transformers computes all steps; None if it does not."""
@@ -121,62 +121,80 @@ class Together:
             return f"its attention is {attention}, not sdpa"
         if not known(self._manager) or not hasattr(cache, "cache_allocators"):
             return "this version of transformers has another cache; 5.24 has one that fits"
-        if not pages.is_paged(cache) or len(cache.cache_allocators) != 1:
-            return "it has layers with a sliding window"
-        (allocator,) = cache.cache_allocators.values()
-        if not all(hasattr(allocator, name) for name in _NAMES) or allocator.tokens_per_page != operators.PAGE:
-            return "this version of transformers has other pages"
+        for each in cache.cache_allocators.values():
+            named = type(each).__name__ in _KINDS and all(hasattr(each, name) for name in _NAMES)
+            if not named or each.tokens_per_page != operators.PAGE:
+                return "this version of transformers has other pages"
         return None
 
     def _logits(self, states: Sequence[Any]) -> Tensor:
         """The model's logits [requests, words] in float32; they are valid until the next step."""
-        own, size = self._allocator, self._allocator.tokens_per_page
-        lines = list[list[int]]()
-        for state in states:
-            at, stride = state.position_offset, own.block_physical_stride
-            starts = [block * stride for block in own.block_table[state.request_id][: at // size + 1]]
-            lines.append([state.tokens_to_process[0], at, at + 1, starts[-1] + at % size, *starts])
-        rows = 1 << (len(lines) - 1).bit_length()
-        width = _LEAST_PAGES
-        while width < max(map(len, lines)) - _PLACES:
-            width *= _WIDER
-        nobody = [0, 0, 1, own.write_trash_index, own.write_trash_index]
-        lines += [nobody] * (rows - len(lines))
-        if (rows, width) not in self._made:
-            self._made[rows, width] = _Recorded(self._model, own._kv_token_views, rows, width)
-        return self._made[rows, width](lines)[: len(states)]
+        tokens = [[state.tokens_to_process[0], state.position_offset] for state in states]
+        places = [[_places(each, s.request_id, s.position_offset) for s in states] for each in self._allocators]
+        rows = 1 << (len(states) - 1).bit_length()
+        for own, each in zip(places, self._allocators, strict=True):
+            own += [[1, each.write_trash_index, each.write_trash_index]] * (rows - len(states))
+        widths = tuple(_width(max(map(len, own)) - 2) for own in places)
+        if (rows, widths) not in self._made:
+            self._made[rows, widths] = _Recorded(self._model, self._allocators, rows, widths)
+        lines = [tokens + [[0, 0]] * (rows - len(states)), *places]
+        return self._made[rows, widths](lines)[: len(states)]
+
+
+def _places(allocator: Any, request: str, at: int) -> list[int]:
+    """Of the token at a position of a request: the number of keys with its own, the slot of its key, and the pages.
+
+    With a sliding window, the keys are a ring: that of position p is at place p % window.
+    """
+    window, stride, size = getattr(allocator, "sliding_window", None), allocator.block_physical_stride, operators.PAGE
+    length, place = (at + 1, at) if window is None else (min(at + 1, window), at % window)
+    starts = [block * stride for block in allocator.block_table[request][: -(-length // size)]]
+    return [length, starts[place // size] + place % size, *starts]
+
+
+def _width(pages: int) -> int:
+    """The pages of a text for which a step is recorded."""
+    width = _LEAST_PAGES
+    while width < pages:
+        width *= _WIDER
+    return width
 
 
 class _Recorded:
-    """A step of `rows` texts with at most `width` pages each."""
+    """A step of `rows` texts, with at most so many pages each for each kind of layers."""
 
-    def __init__(self, model: Any, views: Any, rows: int, width: int) -> None:
-        """views: layer -> its keys and values [slots, heads, D]."""
-        device = model.device
-        pinned = device.type == "cuda"
-        self._given = torch.zeros(rows, _PLACES + width, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        self._numbers = torch.zeros(rows, _PLACES + width, dtype=torch.int32, device=device)
+    def __init__(self, model: Any, allocators: Sequence[Any], rows: int, widths: Sequence[int]) -> None:
+        device, pinned = model.device, model.device.type == "cuda"
+        self._sizes = [2, *(2 + width for width in widths)]  # token and position; number of keys, slot, and pages
+        self._given = torch.zeros(rows, sum(self._sizes), dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._numbers = torch.zeros(rows, sum(self._sizes), dtype=torch.int32, device=device)
         self._mask = torch.zeros(1, 1, rows, 1, dtype=model.dtype, device=device)  # keeps transformers from making one
-        self._model, self._views = model, views
+        self._model, self._allocators = model, allocators
+        self._views = {layer: view for each in allocators for layer, view in each._kv_token_views.items()}
         self._graph = Graph(self._forward, device)
 
-    def __call__(self, lines: Sequence[Sequence[int]]) -> Tensor:
-        """The logits [rows, words]. lines: for each row its token, position, number of keys, slot, and pages."""
-        for own, line in zip(self._given.numpy(), lines, strict=True):
-            own[: len(line)] = line
+    def __call__(self, lines: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """The logits [rows, words]. lines: the rows of each part of the numbers, without what fills them up."""
+        for part, own in zip(self._given.split(self._sizes, 1), lines, strict=True):
+            for row, line in zip(part.numpy(), own, strict=True):
+                row[: len(line)] = line
         self._numbers.copy_(self._given, non_blocking=True)
         with grouped_queries():
             logits: Tensor = self._graph()
         return logits
 
     def _forward(self) -> Tensor:
-        token, position, length, slot = self._numbers[:, :_PLACES].unbind(1)
-        paged = Paged(self._views, length.contiguous(), slot.long(), self._numbers[:, _PLACES:])
+        first, *others = self._numbers.split(self._sizes, 1)
+        places = {
+            layer: Places(part[:, 0].contiguous(), part[:, 1].long(), part[:, 2:])
+            for part, each in zip(others, self._allocators, strict=True)
+            for layer in each._kv_token_views
+        }
         out = self._model(
-            input_ids=token.long()[None],
-            position_ids=position.long()[None],
+            input_ids=first[None, :, 0].long(),
+            position_ids=first[None, :, 1].long(),
             attention_mask=self._mask,
-            cache=paged,
+            cache=Paged(self._views, places),
             use_cache=False,
         )
         logits: Tensor = out.logits[0].float()
