@@ -192,6 +192,16 @@ def test_it_is_said_why_steps_are_not_recorded(
     assert why in caplog.text
 
 
+def test_a_model_whose_sensitivity_is_not_known(here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:
+    def fail(model: Any) -> float:
+        raise TypeError("no inputs_embeds")
+
+    here.setattr(operations, "tolerance", fail)
+    with engine() as made:
+        same(answers(made, ASKED), wanted)
+    assert "not recorded as CUDA graphs: TypeError: no inputs_embeds" in caplog.text
+
+
 def test_a_cancelled_request_leaves_the_others(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
     with engine() as made:
         first, told = queue.SimpleQueue[News](), queue.SimpleQueue[News]()
