@@ -137,7 +137,7 @@ class Route:
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
         tensor = pad(tensor, (0, 0, 0, self.height - len(tensor))) if self.height else tensor
-        tensor = -tensor.float().exp() if self.negative_exp else tensor
+        tensor = -tensor.double().exp().float() if self.negative_exp else tensor
         tensor = tensor - tensor.mean() if self.centered else tensor
         return tensor.float() + self.shift if self.shift else tensor
 
@@ -149,7 +149,7 @@ class Route:
     def from_rows(self, tensor: Tensor) -> Tensor:
         """The same for rows that are in the model's order already."""
         tensor = tensor.float() - self.shift if self.shift else tensor
-        tensor = (-tensor.float()).log() if self.negative_exp else tensor
+        tensor = (-tensor.double()).log().float() if self.negative_exp else tensor
         tensor = tensor[:, _permuted(self.columns).argsort()] if self.columns[0] else tensor
         tensor = tensor.flatten() if self.matrix else tensor[None, None] if self.led else tensor
         return tensor.T if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
