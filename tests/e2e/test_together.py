@@ -50,8 +50,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @contextlib.contextmanager
-def engine() -> Iterator[Engine]:
-    made = Engine(fewbit.load("tiny", dtype=torch.float32, device="cpu"), 160, 8, None)
+def engine(rows: int = 8) -> Iterator[Engine]:
+    made = Engine(fewbit.load("tiny", dtype=torch.float32, device="cpu"), 160, rows, None)
     try:
         yield made
     finally:
@@ -132,6 +132,23 @@ def test_families(family: str, here: pytest.MonkeyPatch, tmp_path: Path) -> None
     taken = rows_of(here)
     same(asked(), wanted)
     assert len(taken) >= 35
+
+
+def test_a_full_engine_takes_these_steps_while_others_wait(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
+    with engine(rows=2) as made:
+        taken, waiting = rows_of(here), list[int]()
+        step = made._together.step
+
+        def noted(processor: Any) -> bool:
+            done = step(processor)
+            if done:
+                waiting.append(len(processor.scheduler.waiting_requests))
+            return done
+
+        here.setattr(made._together, "step", noted)
+        same(answers(made, ASKED), wanted)
+        assert waiting.count(1) >= 5
+        assert max(taken) == 2
 
 
 def test_the_first_step_is_compared(here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:

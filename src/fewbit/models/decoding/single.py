@@ -1,4 +1,4 @@
-"""The steps of continuous batching in which one request runs and none waits, on a CPU.
+"""The steps of continuous batching in which one request runs and none can join it, on a CPU.
 
 In such a step, transformers' bookkeeping for many requests and its code around the blocks take longer than a small
 model's products. So `Single` takes the page of the next token from transformers' cache, and calls what the model
@@ -9,6 +9,7 @@ with the model's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,13 +102,19 @@ class Single:
 
 
 def only_decoding(manager: Any, scheduler: Any) -> list[Any] | None:
-    """The running requests of transformers' scheduler, if each reads one token and nobody asks for anything else."""
-    if scheduler.waiting_requests or not (manager.input_queue.empty() and manager.cancel_queue.empty()):
+    """The running requests of transformers' scheduler, if each reads one token and nobody asks for anything else.
+
+    Requests that wait ask for nothing as long as no more may run.
+    """
+    states = list(scheduler.active_requests.values())
+    full = scheduler.block_new_requests or len(states) >= getattr(scheduler, "max_requests_per_batch", math.inf)
+    if scheduler.waiting_requests and not full:
+        return None
+    if not (manager.input_queue.empty() and manager.cancel_queue.empty()):
         return None
     status = manager.background_thread_status
     if status.local_status != status.DONT_STOP or status.is_pause_requested():
         return None
-    states = list(scheduler.active_requests.values())
     for state in states:
         reads = len(state.tokens_to_process) != 1 or state.remaining_prefill_tokens
         if state.status.name != "DECODING" or reads or state.num_children:

@@ -1,4 +1,4 @@
-"""The steps of continuous batching in which every running request gets one token and none waits, on an NVIDIA GPU.
+"""The steps of continuous batching in which every running request gets one token and none can join, on an NVIDIA GPU.
 
 In such a step, Python launches a model's operations slower than the GPU computes them, and transformers' own recorded
 steps would choose tokens on the GPU, where a request cannot have its own settings. So `Together` takes the pages of the
