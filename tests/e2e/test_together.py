@@ -21,6 +21,7 @@ from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.together import Together
 from tests import models
 from tests.limits import HANG
+from tests.served import until
 
 PROMPTS = ([5, 6, 7, 8], list(range(20, 51)), list(range(9, 80)))
 SAMPLED = Choosing(temperature=1.0, top_p=0.9, seed=3, logprobs=2, frequency_penalty=0.5)
@@ -134,7 +135,7 @@ def test_families(family: str, here: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert len(taken) >= 35
 
 
-def test_a_full_engine_takes_these_steps_while_others_wait(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
+def test_a_full_engine_while_others_wait(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
     with engine(rows=2) as made:
         taken, waiting = rows_of(here), list[int]()
         step = made._together.step
@@ -174,6 +175,53 @@ def test_a_model_that_cannot_is_left_to_transformers(
         same(answers(made, ASKED), wanted)
         assert len(taken) == 1
     assert "not recorded as CUDA graphs" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such kernel"), torch.OutOfMemoryError("no memory")])
+def test_a_later_step_that_fails(error: Exception, here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:
+    """Such as the first step of three requests. Only for lack of memory, it is tried again."""
+    failed = list[int]()
+
+    def some(*given: Any) -> Tensor:
+        if len(given[0]) == 4:  # three requests and one row of none
+            failed.append(4)
+            raise error
+        return attended(*given)
+
+    here.setattr(operators, "attend_pages", some)
+    with engine() as made:
+        taken = rows_of(here)
+        same(answers(made, ASKED[:1]), wanted[:1])
+        before = len(taken)
+        same(answers(made, ASKED), wanted)
+        again = isinstance(error, torch.OutOfMemoryError)
+        assert (len(failed) > 1) == again
+        assert (len(taken) > before + 10) == again
+    assert ("not recorded as CUDA graphs: RuntimeError: no such kernel" in caplog.text) != again
+
+
+def test_an_error_frees_the_graphs(here: pytest.MonkeyPatch, wanted: list[News]) -> None:
+    """The step that failed for lack of memory may need theirs."""
+    with engine() as made:
+        same(answers(made, ASKED[:1]), wanted[:1])
+        assert made._together._made
+        step, errors = made._single.step, iter([RuntimeError("a step failed")])
+
+        def once(processor: Any) -> bool:
+            if processor.scheduler.active_requests and (error := next(errors, None)) is not None:
+                raise error
+            return step(processor)
+
+        here.setattr(made._single, "step", once)
+        told = queue.SimpleQueue[News]()
+        made.submit(*ASKED[0], told.put)
+        while (news := told.get(timeout=HANG)).error is None:
+            pass
+        assert news.error == "a step failed"
+        until(lambda: not made._together._made)
+        until(lambda: made.ready)
+        same(answers(made, ASKED), wanted)
+        assert made._together._made
 
 
 def test_steps_do_not_use_cudnn() -> None:

@@ -246,6 +246,7 @@ class Engine:
                 for name in list(self._requests):  # requests that came in the moment of the error
                     if request := self._requests.pop(name, None):
                         request.tell(News((), True, error))
+                self._together.forget()  # the next step may need the memory
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -52,11 +52,13 @@ class Together:
         if not states or not all(processor.cache.can_store_request_tokens(state, 1) for state in states):
             self._expected = {}
             return False
-        if not self._tested:
-            self._try(states)
-            return False  # the model computes the same, and overwrites the keys and values
+        if (logits := self._computed(states)) is None:
+            return False
+        if not self._tested:  # the model computes the same, and overwrites the keys and values
+            self._expected = {state.request_id: row for state, row in zip(states, logits, strict=True)}
+            return False
         complete = [processor.cache.count_new_complete_blocks(state, 1) for state in states]
-        chosen = self._choose(states, self._logits(states))
+        chosen = self._choose(states, logits)
         told = list[Any]()
         for state, token, blocks in zip(states, chosen, complete, strict=True):
             state.position_offset += 1
@@ -69,16 +71,26 @@ class Together:
         processor.output_router.deliver_batch(told)
         return True
 
-    def _try(self, states: list[Any]) -> None:
-        """Compute the logits that transformers' step is to be compared with."""
+    def _computed(self, states: list[Any]) -> Tensor | None:
+        """The logits, which stay until they were compared. None if there are none: then transformers computes the step.
+
+        Of what transformers has, this changes nothing but the keys and values of the new tokens.
+        """
+        logits: Tensor | None = None
         try:
-            logits = self._logits(states).clone()
-            if logits.is_cuda:  # transformers uses another stream
-                torch.cuda.current_stream(logits.device).synchronize()
+            logits = self._logits(states)
+            logits = logits if self._tested else logits.clone()
+        except torch.OutOfMemoryError:  # transformers' step may need the memory of the graphs
+            self.forget()
         except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
             self._refuse(f"{type(error).__name__}: {str(error)[:200]}")
-        else:
-            self._expected = {state.request_id: row for state, row in zip(states, logits, strict=True)}
+        if self._model.device.type == "cuda" and (logits is None or not self._tested):
+            torch.cuda.current_stream(self._model.device).synchronize()  # transformers uses another stream
+        return logits
+
+    def forget(self) -> None:
+        """Free the graphs, which are recorded again when they are needed."""
+        self._made.clear()
 
     def _refuse(self, why: str) -> None:
         self._allocators = []
@@ -119,7 +131,7 @@ class Together:
 
     def _why_not(self, cache: Any) -> str | None:
         """Why transformers computes all steps; None if it does not."""
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             return "several processes serve it"
         if (attention := self._model.config._attn_implementation) != "sdpa":
             return f"its attention is {attention}, not sdpa"
