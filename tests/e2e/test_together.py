@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching.requests import RequestState
 
 import fewbit
 from fewbit.kernels.nvidia import operators
@@ -51,8 +52,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @contextlib.contextmanager
-def engine(rows: int = 8) -> Iterator[Engine]:
-    made = Engine(fewbit.load("tiny", dtype=torch.float32, device="cpu"), 160, rows, None)
+def engine(rows: int = 8, room: int | None = None) -> Iterator[Engine]:
+    """room: tokens whose keys and values fit the memory."""
+    model = fewbit.load("tiny", dtype=torch.float32, device="cpu")
+    heads, width = model.config.num_key_value_heads, model.config.head_dim
+    each = 2 * model.config.num_hidden_layers * heads * width * model.dtype.itemsize
+    made = Engine(model, 160, rows, None if room is None else room * each * 4)  # they get a quarter
     try:
         yield made
     finally:
@@ -150,6 +155,28 @@ def test_a_full_engine_while_others_wait(here: pytest.MonkeyPatch, wanted: list[
         same(answers(made, ASKED), wanted)
         assert waiting.count(1) >= 5
         assert max(taken) == 2
+
+
+def test_a_request_whose_pages_others_need(here: pytest.MonkeyPatch) -> None:
+    """transformers reads it again later, with its answer so far as prompt. `min_tokens` counts the whole answer."""
+    again, own = list[int](), RequestState.create_equivalent_initial_request
+
+    def noted(self: RequestState) -> RequestState:
+        again.append(len(self.generated_tokens))
+        return own(self)
+
+    here.setattr(RequestState, "create_equivalent_initial_request", noted)
+    with engine() as made:
+        choosing = Choosing(min_tokens=60, logit_bias=((made.ends[0], 100.0),))
+        asked = [(prompt, 100, choosing) for prompt in PROMPTS]
+        wanted = answers(made, asked)
+    assert not again
+    with engine(room=256) as made:
+        taken = rows_of(here)
+        same(answers(made, asked), wanted)
+    assert again[0] > 0
+    assert [len(news.tokens) for news in wanted] == [61, 61, 61]
+    assert len(taken) > 60
 
 
 def test_the_first_step_is_compared(here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:

@@ -410,7 +410,9 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
     ) -> None:
         """Apply the penalties and limits of the request in row i to its row of `chosen`."""
         row = adjusted(chosen[i], request.counts, request.choosing)
-        if len(state.generated_tokens) < request.choosing.min_tokens:
+        # transformers counts the answer so far as prompt if it has taken the request's pages for others meanwhile.
+        answered = len(state.initial_tokens) + len(state.generated_tokens) - len(request.ids)
+        if answered < request.choosing.min_tokens:
             known = [token for token in self._ends if 0 <= token < scores.shape[-1]]
             row[known] = -math.inf
         if limits is not None:
