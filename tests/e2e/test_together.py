@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import fewbit
 from fewbit.kernels.nvidia import operators
-from fewbit.models.decoding import operations
-from fewbit.models.decoding.choosing import Choosing
+from fewbit.models.decoding import continuous, operations
+from fewbit.models.decoding.choosing import Choosing, drawn
 from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.together import Together
 from tests import models
@@ -177,6 +177,25 @@ def test_a_request_whose_pages_others_need(here: pytest.MonkeyPatch) -> None:
     assert again[0] > 0
     assert [len(news.tokens) for news in wanted] == [61, 61, 61]
     assert len(taken) > 60
+
+
+def test_many_rows_are_drawn_in_parts(here: pytest.MonkeyPatch) -> None:
+    """A row of a large vocabulary takes megabytes."""
+    asked = [(prompt, 8, Choosing(temperature=1.0, seed=i, ignore_eos=True)) for i, prompt in enumerate(PROMPTS)]
+    drew, own = list[int](), drawn
+
+    def noted(logits: Tensor, choosing: Choosing, uniform: Sequence[float]) -> Tensor:
+        drew.append(len(uniform))
+        return own(logits, choosing, uniform)
+
+    here.setattr(continuous, "drawn", noted)
+    with engine() as made:
+        wanted = answers(made, asked)
+        assert max(drew) == 3
+        here.setattr(continuous, "_DRAWN", 2)
+        drew.clear()
+        same(answers(made, asked), wanted)
+    assert max(drew) == 2
 
 
 def test_the_first_step_is_compared(here: pytest.MonkeyPatch, wanted: list[News], caplog: Any) -> None:

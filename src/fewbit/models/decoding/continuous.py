@@ -54,6 +54,7 @@ _log = logging.getLogger("fewbit")
 _PAGE = 32  # tokens of the cache that are allocated at a time, and shared by prompts with the same beginning
 _SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the free memory, for keys and values
 _PROMPT = {"cpu": 512, "cuda": 4096}  # prompt tokens of a step at most: the other requests wait for them
+_DRAWN = 64  # rows drawn at once: each takes some 6 MB for 150,000 tokens
 _WARM = 64  # rows up to which the kernels of a GPU are compiled before the first request
 
 
@@ -388,7 +389,7 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
                 if how.temperature > 0:
                     sampled.setdefault((how.temperature, how.top_k or 0, how.top_p), []).append(i)
             limited.append((i, request, limits))
-        for rows in sampled.values():
+        for rows in (alike[i : i + _DRAWN] for alike in sampled.values() for i in range(0, len(alike), _DRAWN)):
             requests = [request for i in rows if (request := self._rows[i][0]) is not None]
             drew = drawn(chosen[rows], requests[0].choosing, [request.random.random() for request in requests])
             chosen[rows] = -math.inf
