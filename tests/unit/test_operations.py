@@ -95,6 +95,17 @@ def test_blocks_are_served_if_all_their_operations_are(family: str) -> None:
         assert not serve_blocks(model, found)
 
 
+def test_an_activation_without_a_module_is_no_attention() -> None:
+    """A model's own code may hold a function."""
+    model = models.build("llama", dtype="bfloat16")
+    for block in model.model.layers:
+        del block.mlp.act_fn
+        block.mlp.act_fn = functional.silu
+    found = replaced(model)
+    assert serve_blocks(model, found)
+    assert not serve_blocks(model, {name for name in found if not name.endswith("self_attn")})
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_blocks_with_experts_keep_operations(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(architectures.config(kind), dtype=torch.bfloat16).eval()

@@ -74,7 +74,7 @@ def serve_blocks(model: Any, replaced: Collection[str]) -> bool:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             if not list(module.children()) and not isinstance(module, _LEFT):
                 leaves.add(name)
-        rotated = any(name.startswith(f"{block}.") for name in served - gates - leaves)
+        rotated = any(name.startswith(f"{block}.") for name in set(replaced) - gates - leaves)
         if not rotated or not leaves <= served:
             return False
     return bool(model.config._attn_implementation == "sdpa")
