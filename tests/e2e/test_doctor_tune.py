@@ -79,7 +79,8 @@ def test_it_shows_the_times_before_and_after(fewbit: Fewbit) -> None:
     assert card["path"] in "".join(shown.out.split())
     assert fewbit("doctor", "--json").json["tuned"].keys() == {"NVIDIA Test"}
     assert "tuned on 20" in fewbit("doctor").out
-    assert "GPU kernels on this card" in fewbit("cache").out
+    (kept,) = (each for each in fewbit("cache", "--json").json["entries"] if each["kind"] == "kernels")
+    assert kept["holds"] == "the fastest sizes of GPU kernels on this card"
 
 
 @pytest.mark.usefixtures("two_gpus")
