@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import queue
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fewbit.models.decoding.choosing import Choosing
 from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.decoding.together import Together
-from tests.limits import HANG
+from tests.e2e.test_together import PROMPTS, answers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,23 +25,13 @@ pytestmark = [
     ),
 ]
 
-PROMPTS = ([5, 6, 7, 8], list(range(20, 51)), list(range(9, 80)))
-
 
 def answered(model: Any) -> tuple[Together, list[News]]:
     """The answers of an engine to three requests at once, and how it took its steps."""
     engine = Engine(model, 400, 8, None)
     try:
-        told = [queue.SimpleQueue[News]() for _ in PROMPTS]
-        for prompt, own in zip(PROMPTS, told, strict=True):
-            engine.submit(prompt, 60, Choosing(logprobs=1, ignore_eos=True), own.put)
-        found = list[News]()
-        for own in told:
-            while not (news := own.get(timeout=HANG)).finished:
-                pass
-            assert news.error is None
-            found.append(news)
-        return engine._together, found
+        asked = [(prompt, 60, Choosing(logprobs=1, ignore_eos=True)) for prompt in PROMPTS]
+        return engine._together, answers(engine, asked)
     finally:
         engine.stop(finish=False)
 

@@ -214,6 +214,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
     """Whether `attend` takes these tensors."""
+    return attends_pages(q, k, v) and mask.stride(-1) == 1 and len(mask) in (1, len(q))
+
+
+def attends_pages(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_pages` takes these tensors."""
     return (
         serves(q)
         and q.dtype == k.dtype == v.dtype
@@ -221,17 +226,6 @@ def attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
         and v.is_contiguous()
         and q.shape[1] % k.shape[1] == 0
         and q.shape[1] // k.shape[1] <= 16
-        and _wide(k, v)
-        and mask.stride(-1) == 1
-        and len(mask) in (1, len(q))
+        and max(k.shape[-1], v.shape[-1]) <= 256
+        and min(k.shape[-1], v.shape[-1]) >= 16
     )
-
-
-def attends_pages(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_pages` takes these tensors."""
-    same = serves(q) and q.dtype == k.dtype == v.dtype and k.is_contiguous() and v.is_contiguous()
-    return same and q.shape[1] % k.shape[1] == 0 and q.shape[1] // k.shape[1] <= 16 and _wide(k, v)
-
-
-def _wide(k: Tensor, v: Tensor) -> bool:
-    return max(k.shape[-1], v.shape[-1]) <= 256 and min(k.shape[-1], v.shape[-1]) >= 16

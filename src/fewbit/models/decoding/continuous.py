@@ -144,8 +144,8 @@ class Engine:
             self._manager.logit_processor = listed
             self._manager.output_router = _Router(self._requests)
             logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-            self._single = Single(self._manager.model, self._manager, self.context, choosing.of_one)
-            self._together = Together(self._manager.model, self._manager, choosing.of_several)
+            self._single = Single(self._manager.model, self._manager, self.context, choosing.choose)
+            self._together = Together(self._manager.model, self._manager, choosing.choose)
             choosing.hear = [self._single.compare, self._together.compare]
             self._manager._generation_loop_body = self._steps(self._manager._generation_loop_body)
             self._manager.warmup()
@@ -339,22 +339,13 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         self._rows = [(self._requests.get(state.request_id), state) for state in states]
         return torch.zeros(len(states), dtype=torch.int32, device="cpu")
 
-    def of_one(self, state: Any, scores: Tensor) -> int:
-        """The next token of one request. scores: [1, vocabulary]."""
-        request = self._requests.get(state.request_id)
-        if request is not None and request.plain and not self._processors:
-            token = int(scores.argmax())
-            if math.isfinite(scores[0, token]):  # the largest of a row with NaN is NaN
-                return token
-        self._rows = [(request, state)]
-        return int(self(scores).argmax())
-
-    def of_several(self, states: list[Any], scores: Tensor) -> list[int]:
+    def choose(self, states: list[Any], scores: Tensor) -> list[int]:
         """The next tokens of requests. scores: [requests, vocabulary]."""
         requests = [self._requests.get(state.request_id) for state in states]
         if not self._processors and all(request is not None and request.plain for request in requests):
-            best, tokens = scores.max(-1)
-            found: list[int] = torch.where(best.isfinite(), tokens, -1).tolist()
+            tokens = scores.argmax(-1)
+            finite = scores.gather(-1, tokens[:, None])[:, 0].isfinite()  # the largest of a row with NaN is NaN
+            found: list[int] = tokens.where(finite, -1).tolist()
             if min(found) >= 0:
                 return found
         self._rows = list(zip(requests, states, strict=True))

@@ -22,16 +22,17 @@ from fewbit.models.decoding import compiled_blocks, pages
 from fewbit.models.decoding.outside import Outside
 from fewbit.models.decoding.replacement import Replacement
 
+Choose = Callable[[list[Any], Tensor], list[int]]  # requests' states and logits [n, words] -> the next tokens
 _MANAGER = ("input_queue", "cancel_queue", "background_thread_status")  # what is asked of transformers' manager
 
 
 class Single:
     """Computes the next token of the only request."""
 
-    def __init__(self, model: Any, manager: Any, length: int, choose: Callable[[Any, Tensor], int]) -> None:
+    def __init__(self, model: Any, manager: Any, length: int, choose: Choose) -> None:
         """manager: transformers' for the model. length: of a text at most.
 
-        choose: the next token of a request's state, from logits [1, words].
+        choose: the next tokens of requests' states.
         """
         self._model, self._manager, self._length, self._choose = model, manager, length, choose
         self._cache: Any = None  # the one that `_parts` is for
@@ -51,15 +52,7 @@ class Single:
         if not self._tested:
             self._state, self._expected = None, self.logits(parts, token, position).clone()
             return False  # the model computes the same, and overwrites the keys and values
-        complete = processor.cache.count_new_complete_blocks(state, 1)
-        state.position_offset += 1
-        chosen = self._choose(state, self.logits(parts, token, position))
-        finished = state.update_and_check_completion(chosen, None)
-        processor.cache.mark_complete_blocks(state, complete)
-        if finished:
-            processor.scheduler.finish_request(state.request_id)
-            processor.scheduler.block_new_requests = False
-        processor.output_router.deliver(state.to_generation_output())
+        advance(processor, [state], self._choose([state], self.logits(parts, token, position)))
         return True
 
     def logits(self, parts: _Parts, token: int, position: int) -> Tensor:
@@ -120,6 +113,21 @@ def only_decoding(manager: Any, scheduler: Any) -> list[Any] | None:
         if state.status.name != "DECODING" or reads or state.num_children:
             return None
     return states
+
+
+def advance(processor: Any, states: Sequence[Any], tokens: Sequence[int]) -> None:
+    """Do after a step what transformers' processor does: note the next tokens of the requests, and tell them."""
+    told = list[Any]()
+    for state, token in zip(states, tokens, strict=True):
+        complete = processor.cache.count_new_complete_blocks(state, 1)
+        state.position_offset += 1
+        finished = state.update_and_check_completion(token, None)
+        processor.cache.mark_complete_blocks(state, complete)
+        if finished:
+            processor.scheduler.finish_request(state.request_id)
+            processor.scheduler.block_new_requests = False
+        told.append(state.to_generation_output())
+    processor.output_router.deliver_batch(told)
 
 
 def known(manager: Any) -> bool:

@@ -12,7 +12,7 @@ A graph has a fixed number of rows and of pages for each text. Rows without a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fewbit.kernels.nvidia import operators
 from fewbit.models.decoding import operations
 from fewbit.models.decoding.attention import Paged, Places, grouped_queries
 from fewbit.models.decoding.graph import Graph
-from fewbit.models.decoding.single import known, only_decoding
+from fewbit.models.decoding.single import Choose, advance, known, only_decoding
 
 _log = logging.getLogger("fewbit")
 # The allocators of transformers' pages that are known, and what is asked of them.
@@ -37,8 +37,8 @@ class Together:
 
     devices: tuple[str, ...] = ("cuda",)
 
-    def __init__(self, model: Any, manager: Any, choose: Callable[[list[Any], Tensor], list[int]]) -> None:
-        """manager: transformers' for the model. choose: the next tokens of requests' states, from logits [n, words]."""
+    def __init__(self, model: Any, manager: Any, choose: Choose) -> None:
+        """manager: transformers' for the model. choose: the next tokens of requests' states."""
         self._model, self._manager, self._choose = model, manager, choose
         self._cache: Any = None  # the one that `_made` are for
         self._allocators: list[Any] = []  # of this cache; none: transformers computes all steps
@@ -57,18 +57,7 @@ class Together:
         if not self._tested:  # the model computes the same, and overwrites the keys and values
             self._expected = {state.request_id: row for state, row in zip(states, logits, strict=True)}
             return False
-        complete = [processor.cache.count_new_complete_blocks(state, 1) for state in states]
-        chosen = self._choose(states, logits)
-        told = list[Any]()
-        for state, token, blocks in zip(states, chosen, complete, strict=True):
-            state.position_offset += 1
-            finished = state.update_and_check_completion(token, None)
-            processor.cache.mark_complete_blocks(state, blocks)
-            if finished:
-                processor.scheduler.finish_request(state.request_id)
-                processor.scheduler.block_new_requests = False
-            told.append(state.to_generation_output())
-        processor.output_router.deliver_batch(told)
+        advance(processor, states, self._choose(states, logits))
         return True
 
     def _computed(self, states: list[Any]) -> Tensor | None:
@@ -94,7 +83,7 @@ class Together:
 
     def _refuse(self, why: str) -> None:
         self._allocators = []
-        self._made.clear()
+        self.forget()
         _log.warning("Steps of this model are not recorded as CUDA graphs: %s", why)
 
     def compare(self, states: Sequence[Any], scores: Tensor) -> None:
@@ -120,7 +109,7 @@ class Together:
     def _serves(self, processor: Any) -> bool:
         if processor.cache is not self._cache:
             self._cache, self._tested, self._allocators = processor.cache, False, []
-            self._made.clear()
+            self.forget()
             if self._model.device.type in self.devices:
                 why = self._why_not(processor.cache)
                 if why is None:
