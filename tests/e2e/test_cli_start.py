@@ -96,6 +96,7 @@ LIGHT: list[tuple[int, str]] = [
     (2, "generate tiny a --top-p 0.9"),
     (2, "generate tiny a --kernel nope"),
     (2, "generate tiny a --no-fuse --max-length 9"),
+    (2, "generate tiny a --max-length 0"),
     (2, "chat tiny --no-fuse --max-length 9"),
     (2, "generate tiny a --max-new-tokens 0"),
     (2, "chat ./nowhere"),

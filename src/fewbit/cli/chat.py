@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Model, fused
+from fewbit.cli.options import Fuse, MaxLength, Model, fused
 from fewbit.cli.stdin import stdin
 from fewbit.errors import FewbitError, PlanError, in_flags
 from fewbit.models.decoding.sampling import Sampling
@@ -43,16 +43,8 @@ def chat(
         bool,
         typer.Option("--verbose", help="Show tokens per second after each answer, and how a CPU computes the model."),
     ] = False,
-    fuse: Annotated[
-        bool | None,
-        typer.Option(
-            "--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU, or with --max-length."
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Fuse, for so many tokens of the whole conversation. Default: the model's context."),
-    ] = None,
+    fuse: Fuse = None,
+    max_length: MaxLength = None,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
 ) -> None:
     """Talk with MODEL in its chat template. A prompt on a pipe is answered once.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Json, Model, fused, printed
+from fewbit.cli.options import Fuse, Json, MaxLength, Model, fused, printed
 from fewbit.cli.stdin import prompt_of
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
@@ -32,21 +32,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     sampling: Sampling = Sampling(),
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
-    fuse: Annotated[
-        bool | None,
-        typer.Option(
-            "--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU, or with --max-length."
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Fuse, for so many tokens of prompt and answer. Default: as many as this answer needs."),
-    ] = None,
+    fuse: Fuse = None,
+    max_length: MaxLength = None,
     loading: Annotated[Loading, Fields("compile", "adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL. Started by torchrun, each process loads its part of the model."""
-    fuses = fused(fuse, max_length)
+    loading = replace(loading, fuse=fused(fuse, max_length))
     prompt = prompt_of(prompt)
     from fewbit.api import generate as api
     from fewbit.report import text as report
@@ -62,7 +54,7 @@ def generate(
         adapter=loading.adapter,
         device=loading.device,
         kernel=loading.kernel,
-        fuse=fuses,
+        fuse=loading.fuse,
         compile=loading.compile,
         trust_remote_code=loading.trust_remote_code,
         stream=not as_json,

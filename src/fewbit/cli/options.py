@@ -11,6 +11,14 @@ import typer.core
 from fewbit import checks
 from fewbit.errors import PlanError
 
+Fuse = Annotated[
+    bool | None,
+    typer.Option("--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU, or with --max-length."),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Fuse, for so many tokens of all prompts and answers. Default: as many as needed.")
+]
+
 
 def fused(fuse: bool | None, max_length: int | None) -> int | bool | None:
     """`Loading.fuse` for --fuse/--no-fuse and --max-length. PlanError for both --no-fuse and a length."""
