@@ -118,6 +118,17 @@ def file(name: str, value: Any) -> str | Path:
     return given
 
 
+CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+"""Types of a KV cache, and the bytes of a value in each."""
+
+
+def cache_type(name: str, value: Any) -> str:
+    found = text(name, value).lower()
+    if found not in CACHE_TYPES:
+        raise invalid(name, value, "a type of a KV cache: " + ", ".join(CACHE_TYPES))
+    return found
+
+
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -172,12 +183,11 @@ def dtype(name: str, value: Any) -> torch.dtype | str:
     """A floating-point torch dtype, or "auto"."""
     if value is None or (isinstance(value, str) and value == "auto"):
         return "auto"
-    import torch
+    bare = str(value).removeprefix("torch.")
+    found = _SHORT.get(bare, bare)
+    if found in _DTYPES:  # else a refusal need not wait for PyTorch
+        import torch
 
-    known = {kind: getattr(torch, kind) for kind in _DTYPES}
-    if isinstance(value, str):
-        bare = value.removeprefix("torch.")
-        value = known.get(_SHORT.get(bare, bare), value)
-    if not isinstance(value, torch.dtype) or value not in known.values():
-        raise invalid(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
-    return value
+        if isinstance(value, (str, torch.dtype)):
+            return getattr(torch, found)  # type: ignore[no-any-return]
+    raise invalid(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')

@@ -92,8 +92,8 @@ def test_cache_counts_key_value_heads_windows_and_type() -> None:
     use = memory.Use(context=100, batch=3)
     assert memory.cache_bytes(SMALL, use) == 3 * (100 + 16) * 2 * 32 * 2
     assert memory.cache_bytes(SMALL, memory.Use(context=100, batch=3, cache="float32")) == 3 * 116 * 2 * 32 * 4
-    with pytest.raises(PlanError, match="unknown KV cache type"):
-        memory.cache_bytes(SMALL, memory.Use(context=1, cache="int3"))
+    with pytest.raises(PlanError, match=r"cache='int3': expected a type of a KV cache: float32, bf16, .*q4_0"):
+        fewbit.estimate("tiny", cache="int3")
 
 
 def test_peaks_follow_the_stated_formulas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_a_stated_loss() -> None:
     [
         ({"memory": "much"}, "memory='much': expected a size such as 8GB"),
         ({"memory": "0GB"}, "memory='0GB': expected a size such as 8GB"),
-        ({"max_kl": -1.0}, "greater than 0"),
+        ({"max_kl": -1.0}, "above 0"),
         ({"target": "onnx"}, "unknown target"),
     ],
 )

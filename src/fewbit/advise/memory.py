@@ -33,14 +33,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fewbit.errors import PlanError
+from fewbit.checks import CACHE_TYPES
 from fewbit.formats.base import Shape
 from fewbit.models.experts import is_of_expert
 from fewbit.models.outline import Geometry
 from fewbit.pipeline.groups import by_module, distinct_inputs, groups_of, room_for_statistics, statistics_bytes
 from fewbit.stats import Need
 
-CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _PIECE = 1 << 22  # values that are decoded at once: schemes.base.chunk_rows
 _BATCH, _BATCH_OF_EXPERTS = 2048, 32768  # tokens of calibration text computed at once: pipeline/capture.py
 _COMPARED = 16384  # tokens that are compared with the original model, but at least a quarter: pipeline/capture.py
@@ -66,8 +65,6 @@ def use_of(longest: int, context: int | None = None, batch: int = 1, cache: str 
 
 def cache_bytes(g: Geometry, use: Use) -> int:
     """Bytes of the KV cache for `batch` texts of `context` tokens."""
-    if use.cache not in CACHE_TYPES:
-        raise PlanError(f"`cache={use.cache}`: unknown KV cache type", f"Known: {', '.join(CACHE_TYPES)}.")
     tokens = sum(min(use.context, window or use.context) for window in g.windows)
     return round(use.batch * tokens * 2 * g.values * CACHE_TYPES[use.cache])
 

@@ -184,6 +184,7 @@ def merge(
     for GGUF makes a file. The result is compared with `model` and its adapter on `samples` windows of `length` tokens
     of a text. The merged model is held in memory unquantized.
     """
+    requested.check_window(length)
     elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
     if plan is None:

@@ -117,10 +117,6 @@ def recommend(
     if fit is not None and batch != 1:
         raise PlanError(f"`batch={batch}` is given with `fit`", "`quantize` counts the KV cache of one text.")
     memory, named = (memory, "memory") if fit is None else (fit, "fit")
-    if max_kl is not None and not 0 < max_kl < float("inf"):
-        raise PlanError(
-            f"`max_kl={max_kl:g}`: must be finite and greater than 0", "0.05 is a small loss, 0.5 a large one."
-        )
     if precision.parameters(str(model)) is not None:
         raise PlanError(
             f"{model} is a size, not a model",

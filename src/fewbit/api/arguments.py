@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names
-from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number, path, size, text
+from fewbit.checks import MAX_SEED, Texts, above_0, cache_type, file, flag, integer, invalid, path, size, text
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
 from fewbit.errors import ArgumentError, FormatError, PlanError
@@ -305,11 +305,12 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "mmproj": mmproj,
     **dict.fromkeys(("text", "data"), sources.checked),
     **dict.fromkeys(("prompt", "revision", "message"), text),
-    **dict.fromkeys(("purpose", "target", "cache", "to"), lambda name, value: text(name, value).lower()),
+    "cache": cache_type,
+    **dict.fromkeys(("purpose", "target", "to"), lambda name, value: text(name, value).lower()),
     **dict.fromkeys(("samples", "length", "context", "batch", "limit", "max_new_tokens"), integer(1)),
     "effort": effort,
     "images": images,
-    "max_kl": number,
+    "max_kl": above_0,
     "max_shard": size,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again", "measure"), flag),
     **dict.fromkeys(("requantize", "public", "record", "metadata"), flag),

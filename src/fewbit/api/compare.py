@@ -100,6 +100,7 @@ def compare(
     continues, as a sample. Earlier results are reused. again: measure again, and reuse only quantized models.
     PlanError, before any work, for an invalid argument; if one plan fails, its row says why.
     """
+    requested.check_window(length)
     elapsed, device = timing.timed(), system_machine.device(device)
     calibration = arguments.calibrated(calibration, COMPARED)
     found = find_all(arguments.plans("plans", plans), but=ORIGINAL)

@@ -67,6 +67,7 @@ def evaluate(
     record: also write the result into the record and the model card of `model`, an output of fewbit.
     """
     requested.check_evaluation(
+        length=length,
         reference=reference,
         reference_adapter=reference_adapter,
         adapter=adapter,

@@ -91,8 +91,6 @@ def generate(
     tensor_parallel: in a program that torchrun started, all processes generate one text together, each with its part of
     the model. mmproj: as in `load`.
     """
-    if max_new_tokens < 1:
-        raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
     together = ranks.joined(device) if tensor_parallel else nullcontext(device)
     with together as device, ranks.peer_errors(computes=True):
         loading = Loading(

@@ -74,8 +74,15 @@ def check_copy(out: str | Path, name: str, *, file: bool) -> None:
         raise PlanError(f"{out} would be a GGUF file, but {name} is a folder", "Give another `out`.")
 
 
+def check_window(length: int | None) -> None:
+    """PlanError if a window of a text to measure on has so few tokens that nothing is predicted."""
+    if length is not None and length < 2:
+        raise PlanError(f"`length={length}`: a window needs at least 2 tokens")
+
+
 def check_evaluation(**given: Any) -> None:
-    """PlanError for options of `evaluate` that do not go together. given: its arguments."""
+    """PlanError for options of `evaluate` that cannot be, alone or together. given: its arguments."""
+    check_window(given["length"])
     for option, other in (("reference_adapter", "reference"), ("limit", "tasks")):
         if given[option] is not None and given[other] is None:
             raise PlanError(f"`{option}` without `{other}`", f"Give `{other}` too.")
@@ -133,6 +140,7 @@ def check_conversion(model: str | Path, to: str, *, preview: bool = False, **opt
     if preview and adapter:
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     _refuse_unused(model, to, **options)
+    check_window(options.get("length"))
     if adapter:
         if to not in (PEFT, "gguf"):
             raise PlanError(f"{model} is an adapter, which can be converted to a GGUF file only", "Give `to=gguf`.")

@@ -84,6 +84,7 @@ def merge(
     from fewbit.api import requested
     from fewbit.plans.plan import find, is_file
 
+    requested.check_window(length)
     if plan is None:
         requested.check_merged(output)
     else:

@@ -43,6 +43,7 @@ def compare(
 
     wanted = [name.strip() for name in plans.split(",") if name.strip()]
     find_all(wanted, but=ORIGINAL)
+    requested.check_window(length)
     if output is not None:
         requested.report_folder(output)
     measured, asked = text_of(text), None if prompt is None else prompt_of(prompt)

@@ -39,6 +39,7 @@ def evaluate(
     from fewbit.api import requested
 
     requested.check_evaluation(
+        length=length,
         reference=reference,
         reference_adapter=reference_adapter,
         adapter=loading.adapter,

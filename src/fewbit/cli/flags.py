@@ -68,8 +68,8 @@ class _Flag:
 
     def value(self, given: Any) -> Any:
         """The value of the field, checked under the flag's name."""
+        _check_filled(self.name, given)
         if str(self.field.type).startswith("tuple"):
-            _check_filled(self.name, given)
             given = tuple(part.strip() for part in (given or "").split(",") if part.strip())
         if given == STDIN and self.is_text:
             return given
@@ -77,7 +77,6 @@ class _Flag:
             found = self.field.metadata["check"](self.name, given)
             if self.field.metadata["check"] is checks.device:
                 checks.gpu(self.name, found)
-        _check_filled(self.name, given)
         return given
 
 

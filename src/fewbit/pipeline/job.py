@@ -226,8 +226,6 @@ def evaluated(
     most = min(model.context for model in models)
     if length is not None and length > most:
         raise PlanError(f"`length={length}` is beyond the model's context of {most} tokens")
-    if length is not None and length < 2:
-        raise PlanError(f"`length={length}`: a window needs at least 2 tokens")
     loaded = sources.load_text(text, "evaluation")
     stream = texts_windows.encode(loaded, tokenizer)
     for model in models:
