@@ -161,6 +161,7 @@ def test_a_folder_that_is_no_report_of_ours_is_left_alone(
 def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:
     assert "--length 4096 is beyond the model's context of 512 tokens" in fewbit("compare", "--length", 4096).err
     assert "--length 1: a window needs at least 2 tokens" in fewbit("compare", "--length", 1).err
+    assert "the prompt is empty" in fewbit("compare", "--prompt", "").err
     assert "exceeds the model's context of 512" in fewbit("compare", "--prompt", "a b " * 1024).err
     assert fewbit("compare", "--samples", 0).code == 2
     assert fewbit("compare", tmp_path / "nowhere").code == 2

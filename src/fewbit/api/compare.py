@@ -291,7 +291,8 @@ def _asked(
     own, length = sources.own_source(source.config), min(length, most) if length == LENGTH else length
     name, chosen, _ = evaluated(models, tokenizer, text or own, length, samples)
     used = TextUsed(name, len(chosen), chosen.shape[1], texts_windows.digest(chosen))
-    prompt = prompt or (_STORY if own == "tiny" else report.FIRST_WORDS)
+    if prompt is None:
+        prompt = _STORY if own == "tiny" else report.FIRST_WORDS
     ids, new = prompt_ids(tokenizer, prompt), min(NEW_TOKENS, most // 4)
     texts_windows.continued(texts_windows.within(ids, source.rows, tokenizer, "the prompt"), new, most)
     calibrated = None
