@@ -13,7 +13,7 @@ import pytest
 
 import fewbit
 from fewbit.api import compare
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError, OutputError, PlanError
 from fewbit.measure.comparison import Comparison, Event
 from tests import models
 from tests.e2e.conftest import Fewbit
@@ -156,6 +156,14 @@ def test_a_folder_that_is_no_report_of_ours_is_left_alone(
     assert words in answer.err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text(encoding="utf-8") == text
+
+
+def test_a_report_that_finds_no_room_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    compared = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
+    with pytest.raises(OutputError, match="could not be written: Not a directory") as raised:
+        compare.write(compared, tmp_path / "file" / "out")
+    assert "reuses all measurements" in raised.value.hint
 
 
 def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import fewbit as package
 from fewbit.api import records
-from fewbit.errors import PlanError
+from fewbit.errors import OutputError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.source import locate
 from fewbit.plans.plan import Plan, Rule
@@ -106,6 +106,6 @@ def test_a_record_that_finds_no_room_stays_as_it_was(model: Path, tmp_path: Path
     out = tmp_path / "out"
     package.quantize(model, out, plan="nf4", progress=False)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    with largest_file(2048), pytest.raises(OSError, match="File too large"):
+    with largest_file(2048), pytest.raises(OutputError, match=f"{out} could not be written: File too large"):
         records.complete(locate(out), {"evaluation": None})
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit.errors import ArgumentError, NumericsError
+from fewbit.errors import ArgumentError, NumericsError, OutputError
 from fewbit.formats.containers.safetensors import read_file, write_file
-from fewbit.pipeline import descent
+from fewbit.pipeline import costs, descent
 from fewbit.pipeline.descent import Descent, Objective, descend
 from fewbit.pipeline.optimization import Optimization
 
@@ -89,6 +91,19 @@ class Interrupted(Exception):
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is written after each measurement, however long that takes."""
     monkeypatch.setattr(descent, "_PAUSE", 0.0)
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(descent, "write_file", full)
+    with pytest.raises(OutputError, match=f"cannot write to the cache {tmp_path}: No space left on device"):
+        Problem().run(Optimization(steps=20), tmp_path / "state.safetensors")
+    monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(costs, "replace_text", full)
+    with pytest.raises(OutputError, match=f"cannot write to the cache {tmp_path / 'costs'}: No space left on device"):
+        costs.kept("key", "tiny", lambda: 0.5)
 
 
 @pytest.mark.usefixtures("often")

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,10 +53,10 @@ from fewbit.report import page
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report
 from fewbit.stats import Need
-from fewbit.system import locks, timing
+from fewbit.system import locks, publish, timing
 from fewbit.system import machine as system_machine
-from fewbit.system.cache import cache_folder
-from fewbit.system.files import read_json
+from fewbit.system.cache import cache_folder, writing
+from fewbit.system.files import read_json, replace_text
 from fewbit.system.kept import label
 from fewbit.system.processes import Failed, Server
 from fewbit.texts import sources
@@ -139,9 +137,13 @@ def compare(
 
 
 def write(compared: Comparison, folder: Path) -> None:
-    """Write the report's files, each atomically. A warning names each file that cannot be made, and why."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _put(folder / FILE, compared.to_json())
+    """Write the report's files, each atomically. A warning names each chart that cannot be made, and why.
+
+    OutputError if the report cannot be written.
+    """
+    with publish.as_output_error(folder, "The same command with another `out` reuses all measurements."):
+        folder.mkdir(parents=True, exist_ok=True)
+        _put(folder / FILE, compared.to_json())
     for note in page.write(compared, folder):
         warnings.warn(note, stacklevel=2)
 
@@ -236,8 +238,9 @@ class _Bench:
 
         found = server.run(task, on_message)
         row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
-        place.mkdir(parents=True, exist_ok=True)
-        _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})
         return row
 
     def _quantized(self, server: Server, plan: plans.Plan, output: Path, event: Event) -> dict[str, Any]:
@@ -257,7 +260,8 @@ class _Bench:
             "out": str(output),
         }
         found = server.run(task, on_message)
-        _put(record, found)
+        with writing(output.parent):
+            _put(record, found)
         return found
 
 
@@ -337,6 +341,4 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _put(file: Path, data: Mapping[str, Any]) -> None:
-    made = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-    made.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(made, file)
+    replace_text(file, json.dumps(data, indent=1, allow_nan=False) + "\n")

@@ -83,8 +83,8 @@ def complete(source: Source, found: Mapping[str, Any]) -> list[str]:
         return []
     card = source.folder / CARD
     edited = card.is_file() and card.read_text(encoding="utf-8") != model_card(before)
-    replace_text(source.folder / publish.RECORD, json.dumps(record, indent=1) + "\n")
-    if edited:
-        return [EDITED]
-    replace_text(card, model_card(record))
-    return []
+    with publish.as_output_error(source.folder, "Free some space, or omit `record`: the result is then printed."):
+        replace_text(source.folder / publish.RECORD, json.dumps(record, indent=1) + "\n")
+        if not edited:
+            replace_text(card, model_card(record))
+    return [EDITED] if edited else []

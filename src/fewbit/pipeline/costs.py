@@ -33,7 +33,7 @@ from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows
 from fewbit.stats import Need, Stats
-from fewbit.system.cache import cache_folder
+from fewbit.system.cache import cache_folder, writing
 from fewbit.system.files import read_json, replace_text
 from fewbit.system.kept import label
 
@@ -125,8 +125,9 @@ def _place(key: str) -> Path:
 
 
 def _keep(place: Path, found: Mapping[str, Any]) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(place, json.dumps(dict(found)))  # another process may measure the same
+    with writing(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(place, json.dumps(dict(found)))  # another process may measure the same
 
 
 def measured(

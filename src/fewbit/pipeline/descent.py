@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.pipeline.optimization import Optimization
+from fewbit.system.cache import writing
 
 _PATIENCE = 3  # the loop ends after 1 / 3 of the steps without improvement
 _BETAS = (0.9, 0.99)
@@ -133,7 +134,8 @@ class _State:
             tensors |= {f"{i}.value": parameter.detach(), f"{i}.best": best}
             tensors |= {f"{i}.{name}": moment for name, moment in self.optimizer.state[parameter].items()}
         state = {"step": self.step, "best": [self.best_step, self.best_loss], "history": self.history}
-        write_file(path, tensors, {"state": json.dumps(state)})
+        with writing(path.parent):
+            write_file(path, tensors, {"state": json.dumps(state)})
         end = time.monotonic()
         self.next_save = end + _PAUSE * (end - start)
 

@@ -11,13 +11,13 @@ from typing import Self
 
 from torch import Tensor
 
-from fewbit.errors import FormatError, OutputError
+from fewbit.errors import FormatError
 from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.settled import Settled
 from fewbit.system import kept, locks, ranks
-from fewbit.system.cache import cache_folder
+from fewbit.system.cache import cache_folder, writing
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,8 @@ class Run:
     def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
         if not ranks.first():
             return
-        try:
+        with writing(self.folder):
             write_file(self.file(index), tensors, {"reports": json.dumps([asdict(report) for report in reports])})
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to the cache {self.folder}: {error.strerror or error}",
-                "Free some space; the same command resumes where it stopped. Or set FEWBIT_CACHE to another folder.",
-            ) from error
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
         return ranks.run_on_first(lambda: self._read(index))

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -128,6 +129,18 @@ def made(name: str, make: Callable[[Path], None], nbytes: int = 0) -> Path:
     finally:
         held.remove()
     return place
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A context that writes state or results to a folder of the cache. OutputError if they cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the cache {folder}: {error.strerror or error}",
+            "Free some space; the same command resumes where it stopped. Or set FEWBIT_CACHE to another folder.",
+        ) from error
 
 
 def _whole(place: Path) -> bool:

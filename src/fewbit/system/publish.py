@@ -205,7 +205,7 @@ def published(
     If `out` is a symbolic link, its target is replaced. An empty folder at `out` gets the new content and keeps its
     permissions. OutputError if something cannot be written; its hint is `kept`, which says what work is not lost.
     """
-    with _as_output_error(out, kept):
+    with as_output_error(out, kept):
         real = out.resolve()
         real.parent.mkdir(parents=True, exist_ok=True)
         for left in locks.left_behind(_beside(real)):
@@ -281,7 +281,8 @@ def _check_link(place: Path) -> None:
 
 
 @contextmanager
-def _as_output_error(out: Path, kept: str) -> Iterator[None]:
+def as_output_error(out: Path, kept: str) -> Iterator[None]:
+    """A context that writes `out`. OutputError, with `kept` as its hint, if it cannot be written."""
     try:
         yield
     except OSError as error:
