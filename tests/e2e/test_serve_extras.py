@@ -92,7 +92,13 @@ def test_a_message_is_continued(client: Any) -> None:
 
 
 def test_what_a_template_does_not_read_is_refused(server: Served, levels: Served) -> None:
-    unread: tuple[dict[str, Any], ...] = ({"enable_naps": True}, {"role": "user"}, {"tools": []}, {"messages": []})
+    unread: tuple[dict[str, Any], ...] = (
+        {"enable_naps": True},
+        {"role": "user"},
+        {"m": 1},
+        {"tools": []},
+        {"messages": []},
+    )
     for given in unread:
         param, message = refused(levels, chat_template_kwargs=given)
         assert param == "chat_template_kwargs"
@@ -117,6 +123,15 @@ def test_a_template_that_cannot_be_used_is_named(template: dict[str, str], quant
             param, message = refused(made, **more)
             assert param == "messages"
             assert message.startswith("the model's chat template ")
+
+
+def test_variables_that_a_template_takes() -> None:
+    """Not those that it sets itself, nor functions. A variable may be set only where it is not given."""
+    text = """{% macro line(item) %}{{ item.role }}{{ style }}{% endmacro %}{% set lines = namespace(last=0) %}
+    {% for m in messages %}{% generation %}{{ line(m) }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}
+    {% endfor %}{% if mood is not defined %}{% set mood = strftime_now("%A") %}{% endif %}
+    {% set thinking = thinking | default(true) %}{{ raise_exception(mood) if thinking }}"""
+    assert template.names(text) == {"messages", "mood", "style", "thinking"}
 
 
 def test_a_switch_has_no_levels() -> None:

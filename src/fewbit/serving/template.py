@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, meta
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 
 from fewbit.errors import PlanError
 from fewbit.serving.asked import Chat
 from fewbit.serving.failures import Failure
 
 _OWN = ("messages", "tools", "add_generation_prompt", "continue_final_message")  # parameters of their own
+_FUNCTIONS = ("raise_exception", "strftime_now")  # that transformers gives every template
 
 
 def options(asked: Chat, tokenizer: Any) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def _effort(effort: str, given: dict[str, Any], read: set[str]) -> dict[str, Any
 
 
 def _read(tokenizer: Any, tools: list[dict[str, Any]]) -> set[str]:
-    """The names that the template of a request reads. PlanError if it is malformed, or if there is none by default."""
+    """The variables that the template of a request reads. PlanError if it is malformed, or none is the default."""
     try:
         return names(str(tokenizer.get_chat_template(tools=tools or None)))
     except (TemplateSyntaxError, ValueError) as error:
@@ -56,9 +59,20 @@ def _read(tokenizer: Any, tools: list[dict[str, Any]]) -> set[str]:
 
 
 def names(template: str) -> set[str]:
-    """The names in the code of a chat template, without those of attributes. TemplateSyntaxError if it is malformed."""
-    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
-    return {value for (_, before), (kind, value) in pairwise([("", ""), *tokens]) if kind == "name" and before != "."}
+    """The variables that a chat template takes from outside. TemplateSyntaxError if it is malformed."""
+    environment = Environment(extensions=[_Generation, loopcontrols])
+    environment.globals |= dict.fromkeys(_FUNCTIONS)
+    return meta.find_undeclared_variables(environment.parse(template))
+
+
+class _Generation(Extension):
+    """`{% generation %}` of transformers, around the answers of a chat."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares no class variable
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refused(param: str, why: str) -> Failure:
