@@ -95,3 +95,14 @@ def test_packed_embeddings_are_not_resized(file: Path) -> None:
     plain = model.dequantize()
     plain.resize_token_embeddings(size + 8)
     assert plain(gguf_files.ids()).logits.shape[-1] == size + 8
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_embeddings_are_no_other_parameters(tied: bool, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "llama", tie_word_embeddings=tied)
+    package.quantize(folder, tmp_path / "m.gguf", plan="q8_0")
+    model = load(AutoModelForCausalLM, tmp_path / "m.gguf")
+    packed = [model.num_parameters(exclude_embeddings=without) for without in (False, True)]
+    assert model.num_parameters(only_trainable=True, exclude_embeddings=True) < packed[1]
+    plain = model.dequantize()
+    assert packed == [plain.num_parameters(exclude_embeddings=without) for without in (False, True)]

@@ -53,9 +53,9 @@ from fewbit.models.plugin import (
     options,
     patch_adapters,
     patch_dtype,
+    patch_embeddings,
     patch_fp8,
     patch_outputs,
-    patch_resizing,
     patch_saving,
 )
 from fewbit.models.plugin.modules import (
@@ -481,7 +481,7 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    own = (patch_adapters, patch_dtype, patch_fp8, patch_outputs, patch_resizing, patch_saving)
+    own = (patch_adapters, patch_dtype, patch_fp8, patch_outputs, patch_embeddings, patch_saving)
     for each in (*own, compressed_tensors, modelopt):
         each.register()
     if not is_auto_round_available():
