@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -52,17 +53,23 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return made
 
 
-def test_a_failed_recording_leaves_pytorch_as_it_was(cuda: Cuda) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("operation not permitted"), "operation not permitted"), (AssertionError(), "AssertionError")],
+)
+def test_a_failed_recording_leaves_pytorch_as_it_was(error: Exception, reason: str, cuda: Cuda) -> None:
     def step() -> str:
         if cuda.drawing:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise error
         return "done"
 
     graph = Graph(step, torch.device("cuda"), first=0)
-    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph: operation not permitted"):
+    with pytest.warns(UserWarning, match=f"cannot be recorded as a CUDA graph: {reason}"):
         assert graph() == "done"
     assert cuda.stream.name == "default"
     assert not cuda.drawing
+    assert cuda.current == torch.device("cuda", 0)
+    assert gc.isenabled()
     assert graph() == "done"
 
 

@@ -47,10 +47,10 @@ class Graph:
                 # In this mode, other threads may use the GPU meanwhile.
                 with torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
                     self.out = self.function()
-            except RuntimeError as error:  # some operation in the step waits for the GPU
+            except Exception as error:  # an operation waits for the GPU, or a model's own code refuses to be recorded
                 self.possible = False
                 _recover(stream, graph)
-                reason = str(error).strip().splitlines()[0][:200]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 warnings.warn(f"a step of this model cannot be recorded as a CUDA graph: {reason}", stacklevel=2)
                 return False
             self.recorded = graph
