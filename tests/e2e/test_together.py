@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import logging
 import queue
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,28 @@ def test_the_texts_are_the_same(here: pytest.MonkeyPatch, wanted: list[News]) ->
         before = len(taken)
         same(answers(made, ASKED[:1]), wanted[:1])
         assert len(taken) >= before + 45
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_stopped_engine_keeps_no_cache(failed: bool, here: pytest.MonkeyPatch) -> None:
+    """Its pages and graphs are most of the memory that is not weights."""
+
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("the GPU is gone")
+
+    with engine() as made:
+        answers(made, ASKED[:1])
+        made._single._of(made._manager.batch_processor)
+        held = [weakref.ref(made._single._cache), *map(weakref.ref, made._together._made.values())]
+        if failed:
+            here.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)  # pytest keeps tracebacks
+            here.setattr(Together, "step", broken)
+            made.submit(PROMPTS[0], 5, Choosing(), lambda news: None)
+            until(lambda: made.failed is not None)
+    assert len(held) > 1
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+    assert not made._manager.model._forward_hooks
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3"])

@@ -137,8 +137,8 @@ class Engine:
             self._manager = owner.init_continuous_batching(
                 GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
             )
-            scoring = Scoring(self._manager.model, self._requests)
-            listed, choosing = _Processors(scoring.begin), _Choosing(self._requests, processors, self.ends)
+            self._scoring = Scoring(self._manager.model, self._requests)
+            listed, choosing = _Processors(self._scoring.begin), _Choosing(self._requests, processors, self.ends)
             listed.logits_processor.append(choosing)
             listed.tensors_required, listed.do_processing = 1, True
             self._manager.logit_processor = listed
@@ -232,6 +232,10 @@ class Engine:
             if self._manager.is_running():
                 self._manager.stop(block=True)
         self._watcher.join()
+        # After an error, transformers keeps these: the cache, and a traceback with its tensors.
+        self._manager.batch_processor = self._manager.background_thread_status.fatal_error = None
+        for each in (self._scoring, self._single, self._together):
+            each.release()
 
     def _watch(self) -> None:
         """Start the engine's thread again after an error, as long as the engine can compute."""

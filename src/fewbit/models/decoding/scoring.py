@@ -44,8 +44,16 @@ class Scoring:
         """model: the one that the engine computes. requests: by their names."""
         self._requests, self._spans, self._new, self._kept = requests, list[_Span](), 0, False
         self._cache: Any = None
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after)
+        self._hooks = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        )
+
+    def release(self) -> None:
+        """Let go of the model and its cache: there are no more steps."""
+        for hook in self._hooks:
+            hook.remove()
+        self._cache = None
 
     def begin(self, states: list[Any]) -> None:
         """Note the requests of the next step."""

@@ -68,6 +68,10 @@ class Single:
                 self._parts = None
             self._expected = None
 
+    def release(self) -> None:
+        """Let go of the cache: there are no more steps."""
+        self._cache = self._parts = self._state = self._expected = None
+
     def _only(self, processor: Any) -> Any:
         """The request, if it is the only one and nobody asks for anything else. None if not."""
         states = only_decoding(self._manager, processor.scheduler)

@@ -81,6 +81,11 @@ class Together:
         """Free the graphs, which are recorded again when they are needed."""
         self._made.clear()
 
+    def release(self) -> None:
+        """Let go of the cache too: there are no more steps."""
+        self._cache, self._allocators, self._expected = None, [], {}
+        self.forget()
+
     def _refuse(self, why: str) -> None:
         self._allocators = []
         self.forget()
