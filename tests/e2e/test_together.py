@@ -10,6 +10,7 @@ import queue
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,12 @@ def test_a_stopped_engine_keeps_no_cache(failed: bool, here: pytest.MonkeyPatch)
     gc.collect()
     assert [each() for each in held] == [None] * len(held)
     assert not made._manager.model._forward_hooks
+
+
+def test_a_model_on_several_devices_is_not_recorded() -> None:
+    parameters = [torch.empty(0, device=device) for device in ("cpu", "meta", "cpu")]
+    model = SimpleNamespace(parameters=lambda: parameters, config=SimpleNamespace(_attn_implementation="sdpa"))
+    assert Together(model, None, lambda *_: [])._why_not(None) == "it lies on several devices: cpu, meta"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3"])

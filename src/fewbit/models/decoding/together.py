@@ -127,6 +127,8 @@ class Together:
         """Why transformers computes all steps; None if it does not."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return "several processes serve it"
+        if len(devices := {str(parameter.device) for parameter in self._model.parameters()}) > 1:
+            return f"it lies on several devices: {', '.join(sorted(devices))}"
         if (attention := self._model.config._attn_implementation) != "sdpa":
             return f"its attention is {attention}, not sdpa"
         if not known(self._manager) or not hasattr(cache, "cache_allocators"):
