@@ -271,6 +271,7 @@ def test_broken_data_is_told_before_the_model_is_loaded(
     "flags",
     [
         ("--rank", "0"),
+        ("--rank", "65"),
         ("--batch", "0"),
         ("--steps", "0"),
         ("--alpha", "-1"),

@@ -87,10 +87,11 @@ def finetune(
         training, held_out = split(every, tuning.held_out, tuning.seed)
         # Peak for SmolLM2 with 4 x 128 tokens: 0.6 GB; with the default threshold of 4 MiB it is 1.0 GB.
         heap.return_freed(1 << 18)
-        from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
+        from fewbit.models.adapters.train import check_fits, train  # slow to import, and PEFT is an extra
 
         with report_progress.steps(progress) as tell:
             loaded = load_model(source, loading, for_text=True)
+            check_fits(loaded, tuning)
             if ranks.first():
                 publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
             ranks.agreed(None)  # an error before the training is found here

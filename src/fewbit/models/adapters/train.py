@@ -27,7 +27,7 @@ from fewbit.errors import NumericsError, PlanError
 from fewbit.models import blocks
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
-from fewbit.models.linears import LINEARS, is_linear
+from fewbit.models.linears import LINEARS, is_linear, shape_of
 from fewbit.nn.layers import QLinear
 from fewbit.system import ranks
 from fewbit.texts.examples import Example
@@ -64,7 +64,7 @@ def train(
     """Train a LoRA on the examples of `training`.
 
     name: the base model's name in the adapter's config. pad: the token id that pads short examples. NumericsError if
-    the held-out loss is not finite before training; PlanError if `tuning.targets` match no linear.
+    the held-out loss is not finite before training; PlanError for what `check_fits` does not find.
     """
     torch.manual_seed(tuning.seed)  # of the adapter's initial values
     adapted = _adapted(model, name, tuning)
@@ -143,7 +143,6 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         target_modules=list(tuning.targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    _check_targets(model, tuning.targets)
     unsuited = _outside(model) if tuning.targets else _outside(model) + _unsuited(model, config)
     if unsuited:
         config.exclude_modules = unsuited
@@ -161,15 +160,28 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
     return adapted
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """PlanError with the nearest names if no module's name ends in one of `targets`. PEFT refuses only if none fits."""
+def check_fits(model: nn.Module, tuning: Tuning) -> None:
+    """PlanError for a target that no module's name ends in, and for a rank above that of every linear to adapt.
+
+    PEFT refuses targets only if none fits, and takes any rank.
+    """
     every = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in every):
-            known = dict.fromkeys(
-                name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEARS)
-            )
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEARS)}
+    for target in tuning.targets:
+        if not any(_ends_in(name, target) for name in every):
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
             raise PlanError(f"`targets`: the model has no linear {target!r}", registry.near(target, known))
+    adapted = [name for name in linears if not tuning.targets or any(_ends_in(name, each) for each in tuning.targets)]
+    largest = max(adapted, key=lambda name: min(shape_of(linears[name])), default=None)
+    if largest is not None and tuning.rank > (most := min(shape := shape_of(linears[largest]))):
+        raise PlanError(
+            f"`rank={tuning.rank}`: {largest} is [{shape[0]}, {shape[1]}], and no linear to adapt has a larger rank",
+            f"Give a `rank` of at most {most}; 8 to 64 is usual.",
+        )
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _outside(model: Any) -> list[str]:
