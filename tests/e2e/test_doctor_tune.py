@@ -14,12 +14,12 @@ from fewbit.kernels.nvidia import Nvidia, in_cuda, ops, sizes, tuning
 from fewbit.kernels.nvidia.in_cuda import Sizes
 from tests.e2e.conftest import Fewbit
 
-WIDE = Sizes(8, 1, 32, 1, 1, 2)
+OTHER = Sizes(8, 1, 24, 1, 1, 2)
 
 
 def time(scheme: str, n: int, m: int, of: Sizes | None) -> float:
     """Everything takes as long, but one choice for up to 512 rows."""
-    return 50.0 if m == 512 and of == WIDE else 100.0
+    return 50.0 if m == 512 and of == OTHER else 100.0
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def test_it_shows_the_times_before_and_after(fewbit: Fewbit) -> None:
     shown = fewbit("doctor", "--tune")
     assert shown.code == 0
     assert "note: NVIDIA Old is not tuned: it is too old\n" in shown.err
-    assert "3 of 33 ranges of rows now use other sizes" in shown.out
+    assert "4 of 44 ranges of rows now use other sizes" in shown.out
     lines = [line.split() for line in shown.out.splitlines() if line.startswith("int4-g128")]
     shapes = [[str(n), "x", str(tuning.K)] for n in tuning.N]
     assert lines == [["int4-g128", *shape, "512", "100.0", "50.0"] for shape in shapes]  # others did not change
     (card,) = fewbit("doctor", "--tune", "--json").json["cards"]
-    assert (card["card"], card["changed"], card["rows"]) == ("NVIDIA Test", 3, list(tuning.ROWS))
+    assert (card["card"], card["changed"], card["rows"]) == ("NVIDIA Test", 4, list(tuning.ROWS))
     assert card["path"] in "".join(shown.out.split())
     assert fewbit("doctor", "--json").json["tuned"].keys() == {"NVIDIA Test"}
     assert "tuned on 20" in fewbit("doctor").out

@@ -48,7 +48,7 @@ def test_products(spec: str, dtype: torch.dtype) -> None:
     for n, k in shapes(spec):
         weight = packed(spec, n, k)
         w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
-        for m in (0, 1, 9, 33, 65, 130, 200):
+        for m in (0, 1, 9, 33, 65, 130, 200, 300, 600):
             x = (torch.randn(m, k, device="cuda") + 0.5).to(dtype)
             got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
             assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m)
@@ -156,7 +156,21 @@ def test_products_as_on_gpus_that_are_not_hopper(spec: str, monkeypatch: pytest.
         assert (got - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm(), m
 
 
-@pytest.mark.parametrize("rows", [1, 12, 40, 200])
+@pytest.mark.parametrize("spec", ["int4-g128", "q6_k", "nvfp4", "llm.int8"])
+def test_sums_that_blocks_share_are_the_same_each_time(spec: str) -> None:
+    """Blocks wait for the partial sums of others, and add them in a fixed order."""
+    (n, k), scheme = (4099, 4096), parse(spec)
+    weight = Method().quantize(torch.randn(n, k, device="cuda") * 0.02, scheme, None).weight
+    w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
+    for m in (50, 100, 255, 300, 600, 1300, 2000):
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        got = [Nvidia().linear(x, scheme, prepared, (n, k)) for _ in range(20)]
+        exact = x.float() @ w.T
+        assert (got[0].float() - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm(), m
+        assert all(torch.equal(each, got[0]) for each in got), m
+
+
+@pytest.mark.parametrize("rows", [1, 12, 40, 200, 1000])
 def test_products_that_overlap_in_a_graph(rows: int) -> None:
     """A chain of layers, each of which reads what the one before it writes while it is still at it."""
     layers = [QLinear(1024, 1024, None).adopt(packed("int4-g128", 1024, 1024), torch.bfloat16) for _ in range(6)]
@@ -244,7 +258,7 @@ def test_it_is_chosen_and_has_a_gradient() -> None:
     assert (x.grad.float() - exact).norm() <= 1e-2 * exact.norm()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("rows", [1, 16, 300, 3000])
 def test_it_is_recorded_in_a_graph(rows: int) -> None:
     layer = QLinear(512, 256, None).adopt(packed("q4_k", 256, 512), torch.bfloat16)
     x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)

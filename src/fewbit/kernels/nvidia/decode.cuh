@@ -75,6 +75,11 @@ __device__ __forceinline__ unsigned long long evict_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+__device__ __forceinline__ unsigned long long evict_normal() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ Four stream(const u32* p, unsigned long long policy) {
   Four f;
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -247,11 +252,14 @@ __device__ __forceinline__ int nested_at(const Weight& w, Row row, int tile, int
 __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row, int t, unsigned long long policy) {
 #if NATURAL
   const int at = place(row, TILES, tile) * 16 + (SUB == 16 ? t / 2 * 4 + t % 2 : t);
+#else
+  const int at = place(row, TILES, tile) * 16 + t * 4;
+#endif
+#if NATURAL && SUB == 16
 #pragma unroll
   for (int i = 0; i < 4; ++i) s.low.v[i] = stream_one(w.words + at + from_word(i), policy);
 #else
-  const int at = place(row, TILES, tile) * 16 + t * 4;
-  s.low = stream(w.words + at, policy);
+  s.low = stream(w.words + place(row, TILES, tile) * 16 + t * 4, policy);  // if NATURAL, see exchange()
 #endif
 #if BITS > LOW && NATURAL
   s.high = {};
@@ -289,6 +297,22 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row,
 #endif
 #if OFFSET == 3
   s.dmin = __ldg((const u16*)w.b0 + over);
+#endif
+}
+
+// If NATURAL: gives each of four threads its own words of what `ask` loaded. Thread t loaded words 4t ... 4t + 3, sixteen
+// bytes at once, and its own are words t, t + 4, t + 8 and t + 12.
+__device__ __forceinline__ void exchange(Step& s, int t) {
+#if SUB != 16
+#pragma unroll
+  for (int far = 1; far <= 2; ++far)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(i & far)) {
+        u32 &low = s.low.v[i], &high = s.low.v[i + far];
+        const u32 other = __shfl_xor_sync(~0u, t & far ? low : high, far);
+        (t & far ? low : high) = other;
+      }
 #endif
 }
 

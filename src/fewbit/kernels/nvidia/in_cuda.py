@@ -24,6 +24,7 @@ _PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory for the level tab
 _STAGES = 3  # tiles of x that `many` keeps in shared memory
 _EVEN = 0.93  # the smallest share of the GPU's block slots for which `many` prefers an even split over using all slots
 _LEAST = 4  # fewest tiles of W for which `many` starts a block
+_FETCHING = 4  # warps of a block of `hopper` that do not multiply; one of them fetches x
 
 
 class Sizes(NamedTuple):
@@ -47,24 +48,29 @@ def linear(x: Tensor, y: Tensor, tensors: Sequence[Tensor], how: Recipe, sizes: 
     places = _operands(x, how, tensors)
     shape = (k, tensors[0].shape[1] * WORDS, 0)
     kernel = _compiled(how, shape, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device))
-    rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
-    room, more = _multiprocessors(x.device) * sizes.resident, list[Tensor | int]()
-    if sizes.many:
-        cluster = max(sizes.cluster, 1)
-        room //= cluster
-        pieces = -(-n // (rows * sizes.warps * cluster))
-        tiles = pieces * tensors[0].shape[1]
-        share = room // pieces  # clusters per piece of W's rows; an even split leaves fewer partial sums to add up
-        clusters = pieces * share if pieces * share >= _EVEN * room else room
-        grid = (min(clusters, -(-tiles // _LEAST)) * cluster, over, 1)
-        left = torch.empty(
-            grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device, dtype=torch.float32
-        )
-        more = [left, _done(x.device)]
-    else:
-        grid = (min(-(-n // rows), room), over, 1)
+    grid, more = _split(x, n, tensors[0].shape[1], sizes)
     first = _tensor_map(x.data_ptr(), m, k, 8 * sizes.of_x // sizes.cluster) if sizes.cluster else x
-    _launch(kernel, grid, 32 * sizes.warps, [first, y, *places, m, n, *more], _shared(how, sizes))
+    threads = 32 * (sizes.warps + (_FETCHING if sizes.cluster else 0))
+    _launch(kernel, grid, threads, [first, y, *places, m, n, *more], _shared(how, sizes))
+
+
+def _split(x: Tensor, n: int, tiles: int, sizes: Sizes) -> tuple[tuple[int, int, int], list[Tensor | int]]:
+    """The grid of a product of x with a weight of n rows of so many tiles, and the kernel's last arguments."""
+    rows, over = 16 * sizes.of_w, -(-len(x) // (8 * sizes.of_x))
+    room, cluster = _multiprocessors(x.device) * sizes.resident, max(sizes.cluster, 1)
+    if not sizes.many:
+        return (min(-(-n // rows), room), over, 1), []
+    room //= cluster
+    pieces = -(-n // (rows * sizes.warps * cluster))
+    if sizes.cluster:  # a block takes pieces of different rows of x one after another
+        pieces, over = pieces * over, 1
+    # Clusters of blocks that each take as many whole pieces, or share a piece in equal parts, leave fewer partial sums.
+    rounds = -(-pieces // room)
+    even = 0 if pieces % rounds else pieces // rounds * max(1, room // pieces)
+    clusters = min(even if even >= _EVEN * room else room, -(-pieces * tiles // _LEAST))
+    sums = clusters * cluster * over * rows * sizes.warps * 8 * sizes.of_x
+    left = torch.empty(sums if sizes.cluster else 2 * sums, device=x.device, dtype=torch.float32)
+    return (clusters * cluster, over, 1), [left, _done(x.device)]
 
 
 def grouped(

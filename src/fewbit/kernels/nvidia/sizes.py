@@ -21,7 +21,7 @@ import torch
 from fewbit.errors import FewbitError
 from fewbit.kernels.nvidia import in_cuda
 from fewbit.kernels.nvidia.in_cuda import Sizes
-from fewbit.kernels.nvidia.layout import E2M1, INTEGER, TABLE, Recipe
+from fewbit.kernels.nvidia.layout import E2M1, MINIMUM, SUPER_MINIMUM, TABLE, Recipe
 from fewbit.system.cache import cache_folder, existing
 from fewbit.system.files import read_json, replace_text
 from fewbit.system.kept import label
@@ -42,25 +42,35 @@ H200: Ranges = (
 )
 # The same for Hopper, whose copy engine brings x into shared memory; for fewer rows the kernels above are faster.
 HOPPER: Ranges = (
-    *H200[:4],
-    (128, (Sizes(8, 2, 16, 1, 1, 1),)),
+    *H200[:3],
+    (64, (Sizes(8, 2, 8, 1, 1, 1),)),
+    (128, (Sizes(8, 1, 16, 1, 1, 1),)),
     (192, (Sizes(8, 1, 24, 1, 1, 2),)),
     (256, (Sizes(8, 1, 32, 1, 1, 2),)),
+    (384, (Sizes(8, 1, 24, 1, 1, 2),)),
+    (512, (Sizes(8, 1, 32, 1, 1, 2),)),
+    (2048, (Sizes(8, 1, 32, 1, 1, 2),)),  # unless decoding is `costly`
 )
 # The same for up to 8 rows of x and weights of FP4, which take more instructions.
 _FP4 = (8, (Sizes(8, 1, 1, 3), Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2)))
 _FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
 
 ENDS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)  # the most rows of each range that is measured
-# The scheme that is measured for all weights with the same kind of levels; others use the sizes of integers.
-MEASURED = {INTEGER: "int4-g128", TABLE: "nf4-b64", E2M1: "mxfp4"}
+MEASURED = ("int4-g128", "q4_k", "nf4-b64", "mxfp4")  # each for all weights of its kind, see `measured`
 MOST = 3  # sizes of a range
 
 
 def built_in(how: Recipe, hopper: bool) -> Ranges:
     """The sizes that were measured on an H200."""
     found = HOPPER if hopper else H200
+    if hopper and costly(how):
+        found = found[:-1]
     return (_FP4, *found[1:]) if how.level == E2M1 else found
+
+
+def costly(how: Recipe) -> bool:
+    """Whether numbers are computed in float32: codes of 8 bits, groups of 16 columns, and groups with a minimum."""
+    return how.low == 8 or how.sub == 16 or how.offset in (MINIMUM, SUPER_MINIMUM)
 
 
 def candidates(rows: int, hopper: bool) -> tuple[Sizes, ...]:
@@ -101,7 +111,9 @@ def best(m: int, n: int, how: Recipe, device: torch.device) -> Sizes | None:
 
 def measured(how: Recipe) -> str:
     """The scheme whose measured sizes weights of this kind use."""
-    return MEASURED.get(how.level, MEASURED[INTEGER])
+    if costly(how):
+        return "q4_k"
+    return {TABLE: "nf4-b64", E2M1: "mxfp4"}.get(how.level, "int4-g128")
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,7 @@ def read(path: Path, card: Card) -> Tuned | str:
         there, expected = dict(held["card"]), asdict(card)
         if changed := [name for name, value in expected.items() if there.get(name) != value]:
             return f"{path} is not used: it was measured with another {' and '.join(changed)}"
-        ranges = {scheme: _ranges(held["ranges"][scheme], card) for scheme in MEASURED.values()}
+        ranges = {scheme: _ranges(held["ranges"][scheme], card) for scheme in MEASURED}
         return Tuned(date.fromisoformat(held["made"]).isoformat(), ranges)
     except OSError as error:
         return f"{path} is not used: it cannot be read ({error.strerror or error})"

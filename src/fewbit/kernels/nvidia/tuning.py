@@ -92,7 +92,7 @@ class Measured:
 
 def why_not(device: torch.device) -> str | None:
     """Why a GPU is too old to be tuned, as a sentence; None if it is not."""
-    return Nvidia().why_not(parse(sizes.MEASURED[layout.INTEGER]), (N[0], K), device, torch.bfloat16)
+    return Nvidia().why_not(parse(sizes.MEASURED[0]), (N[0], K), device, torch.bfloat16)
 
 
 def tune(device: torch.device, tell: Callable[[int, int], None], clock: Clock | None = None) -> Measured:
@@ -103,7 +103,7 @@ def tune(device: torch.device, tell: Callable[[int, int], None], clock: Clock | 
     start, card, measure = time.perf_counter(), sizes.card(device), clock or _Clock(device)
     count = len(sizes.MEASURED) * len(sizes.ENDS)
     ranges, times, changed = dict[str, sizes.Ranges](), list[Times](), 0
-    for scheme in sizes.MEASURED.values():
+    for scheme in sizes.MEASURED:
         run, found = _Scheme(scheme, device, measure), list[tuple[int, tuple[Sizes, ...]]]()
         for end in sizes.ENDS:
             tell(len(ranges) * len(sizes.ENDS) + len(found), count)
