@@ -2,6 +2,9 @@
 
     python -m benchmarks.engine_gpu [--requests 1,8,32,64] [--new 128] [--layers 32] [--scheme int4-g128-sym]
 
+It also prints how long a request with a prompt of 512 tokens waits for its first token while 8 others run, and how
+long each of these waits for its next token meanwhile.
+
 The model has Llama 3 8B's widths and random packed weights, and is fused as `fewbit serve` does it. All requests come
 at once, with 16 tokens each; the time is from the first request to the last answer. There is no HTTP.
 """
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import queue
 import time
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from fewbit.models.decoding.fuse import fuse
 from fewbit.models.decoding.together import Together
 
 PROMPT, CONTEXT = 16, 2048
+LONG, OTHERS = 512, 8  # tokens of the prompt whose first token is timed, and requests that run meanwhile
 GREEDY = Choosing(ignore_eos=True)
 SAMPLED = Choosing(temperature=1.0, top_p=0.9, seed=1, ignore_eos=True)
 
@@ -42,6 +48,29 @@ def rate(engine: Engine, requests: int, new: int, choosing: Choosing) -> float:
     return requests * new / (time.perf_counter() - start)
 
 
+def arrival(engine: Engine, others: int) -> str:
+    """Milliseconds to the first token of a long prompt, and the longest that a running request waits meanwhile."""
+    came = list[float]()
+    names = [engine.submit([5] * PROMPT, CONTEXT - PROMPT, GREEDY, lambda _: came.append(time.perf_counter()))]
+    names = [
+        *names,
+        *(engine.submit([5] * PROMPT, CONTEXT - PROMPT, GREEDY, lambda _: None) for _ in range(others - 1)),
+    ]
+    firsts, waits = list[float](), list[float]()
+    for n in range(6):
+        time.sleep(0.3)
+        own = queue.SimpleQueue[News]()
+        start, before = time.perf_counter(), len(came)
+        engine.submit([5 + n] * LONG, 1, GREEDY, own.put)
+        own.get()
+        firsts.append((time.perf_counter() - start) * 1000)
+        time.sleep(0.3)
+        waits.append(max(b - a for a, b in pairwise(came[before - 1 :])) * 1000)
+    for name in names:
+        engine.cancel(name)
+    return f"{median(firsts[1:]):.1f} ms to the first token, {median(waits[1:]):.1f} ms between two tokens of another"
+
+
 def measured(model: Any, args: argparse.Namespace, devices: tuple[str, ...]) -> None:
     Together.devices = devices
     counts = [int(n) for n in args.requests.split(",")]
@@ -53,6 +82,7 @@ def measured(model: Any, args: argparse.Namespace, devices: tuple[str, ...]) -> 
                 rate(engine, count, 8, choosing)  # the second step of a number of requests is the recording
                 cells.append(f"{rate(engine, count, args.new if devices else args.new // 4, choosing):.0f}")
             print(f"| {name}, {'recorded' if devices else 'by transformers'} | {' | '.join(cells)} |", flush=True)
+        print(f"\nA prompt of {LONG} tokens beside {OTHERS} requests: {arrival(engine, OTHERS)}\n", flush=True)
     finally:
         engine.stop(finish=False)
 
