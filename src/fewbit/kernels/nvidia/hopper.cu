@@ -1,4 +1,4 @@
-// y [M, N] = x [M, K] times the transpose of packed W, for about a hundred rows of x and more, on Hopper.
+// y [M, N] = x [M, K] times the transpose of packed W, for tens to thousands of rows of x, on Hopper.
 //
 // As in many.cu, warps decode rows of W in registers and four of them multiply together (wgmma.m64nNk16). But x comes into
 // shared memory without registers: one more warp asks the tensor memory accelerator (TMA) for stages of 64 columns,

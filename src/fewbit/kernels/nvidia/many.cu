@@ -1,4 +1,4 @@
-// y [M, N] = x [M, K] times the transpose of packed W, for tens and hundreds of rows of x.
+// y [M, N] = x [M, K] times the transpose of packed W, for tens and hundreds of rows of x; on Hopper for up to 32.
 //
 // A warp takes 16 * MT rows of W and decodes them in registers, scaled and rounded once to the type of x. x passes through
 // shared memory, a tile at a time, so a block reads it once for all its rows. On Hopper four warps multiply together and
