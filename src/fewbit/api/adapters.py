@@ -189,11 +189,7 @@ def merge(
     elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
     if plan is None:
-        requested.check_merged(out)
-    if plan is None and imatrix is not None:
-        raise PlanError(
-            f"`imatrix={imatrix}`: without a plan merge quantizes nothing", "Give a plan, or omit `imatrix`."
-        )
+        requested.check_merged(out, imatrix)
     shard = None if max_shard is None else int(max_shard)
     publish.check_output(out, overwrite=overwrite, file=(file := plan is not None and is_file(out, plan)))
     splitting.parts(out, shard, overwrite=overwrite, file=file)  # PlanError if it cannot be split

@@ -16,7 +16,7 @@ from fewbit.advise.fitting import Fitted
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Recommendation
 from fewbit.advise.table import MethodRow
-from fewbit.api import arguments, quantize
+from fewbit.api import arguments, quantize, requested
 from fewbit.api.arguments import Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import PlanError
@@ -106,16 +106,7 @@ def recommend(
     the result then says which plan, size and loss to expect; `max_kl` limits that loss. measure: measure the costs of
     this model's weights for that on `calibration`, as `preview` does, which takes longer than to quantize the model.
     """
-    if memory is not None and fit is not None:
-        raise PlanError("`memory` and `fit` are given", "Give one of them.")
-    if fit is None and (measure or calibration is not None):
-        raise PlanError(
-            f"`{'measure' if measure else 'calibration'}` is given without `fit`", "Add `fit`, such as 8GB."
-        )
-    if not measure and calibration is not None:
-        raise PlanError("`calibration` is given without `measure`", "Only `measure` reads a text.")
-    if fit is not None and batch != 1:
-        raise PlanError(f"`batch={batch}` is given with `fit`", "`quantize` counts the KV cache of one text.")
+    requested.check_recommendation(memory=memory, fit=fit, measure=measure, calibration=calibration, batch=batch)
     memory, named = (memory, "memory") if fit is None else (fit, "fit")
     if precision.parameters(str(model)) is not None:
         raise PlanError(

@@ -38,8 +38,12 @@ def check_finetuned(out: str | Path) -> None:
     publish.check_folder(out, "finetune makes a folder", "`fewbit convert --to gguf` makes a file of an adapter.")
 
 
-def check_merged(out: str | Path) -> None:
-    """PlanError if `out` of a merge without a plan cannot be a folder."""
+def check_merged(out: str | Path, imatrix: str | Path | None) -> None:
+    """PlanError if `out` of a merge without a plan cannot be a folder, or for an importance matrix."""
+    if imatrix is not None:
+        raise PlanError(
+            f"`imatrix={imatrix}`: without a plan merge quantizes nothing", "Give a plan, or omit `imatrix`."
+        )
     publish.check_folder(out, "without a plan merge makes a folder", "Or give a plan for GGUF, such as `plan=q4_k_m`.")
 
 
@@ -88,6 +92,21 @@ def check_evaluation(**given: Any) -> None:
             raise PlanError(f"`{option}` without `{other}`", f"Give `{other}` too.")
     if given["record"] and given["adapter"] is not None:
         raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
+
+
+def check_recommendation(**given: Any) -> None:
+    """PlanError for options of `recommend` that do not go together. given: its arguments."""
+    fit, measure, calibration, batch = (given[name] for name in ("fit", "measure", "calibration", "batch"))
+    if given["memory"] is not None and fit is not None:
+        raise PlanError("`memory` and `fit` are given", "Give one of them.")
+    if fit is None and (measure or calibration is not None):
+        raise PlanError(
+            f"`{'measure' if measure else 'calibration'}` is given without `fit`", "Add `fit`, such as 8GB."
+        )
+    if not measure and calibration is not None:
+        raise PlanError("`calibration` is given without `measure`", "Only `measure` reads a text.")
+    if fit is not None and batch != 1:
+        raise PlanError(f"`batch={batch}` is given with `fit`", "`quantize` counts the KV cache of one text.")
 
 
 def is_adapter(place: str | Path) -> bool:

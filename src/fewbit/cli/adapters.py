@@ -86,7 +86,7 @@ def merge(
 
     requested.check_window(length)
     if plan is None:
-        requested.check_merged(output)
+        requested.check_merged(output, imatrix)
     else:
         is_file(output, find(plan))
     from fewbit.api import adapters

@@ -92,6 +92,9 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Recommend a plan for MODEL and a purpose; say why, and which commands to run."""
+    from fewbit.api import requested
+
+    stated = None if calibration == Calibration() and not measure else calibration
     if not table:
         if fit is not None and purpose is None:
             purpose = "quality"
@@ -104,6 +107,7 @@ def recommend(
         if speed not in (None, "first"):
             raise PlanError(f"--speed {speed}", "Only --speed first is valid.")
         rules.check(purpose, target)
+        requested.check_recommendation(memory=memory, fit=fit, measure=measure, calibration=stated, batch=batch)
     measured = None if report is None else Comparison.read(report)
     from fewbit.api import advise
     from fewbit.report import advice
@@ -122,7 +126,7 @@ def recommend(
         report=measured,
         fit=fit,
         measure=measure,
-        calibration=None if calibration == Calibration() and not measure else calibration,
+        calibration=stated,
         context=context,
         batch=batch,
         trust_remote_code=loading.trust_remote_code,
