@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,28 @@ def test_from_how_many_rows_on_weights_are_dequantized(spec: str, most: int) -> 
         ranges = sizes.built_in(recipe(spec), hopper)
         assert sizes.within(ranges, end)
         assert not sizes.within(ranges, end + 1)
+
+
+@pytest.mark.parametrize("own", dict.fromkeys(each for _, several in sizes.HOPPER for each in several if each.cluster))
+@pytest.mark.parametrize("multiprocessors", [2, 16, 79, 114, 132])
+def test_clusters_find_those_that_share_a_piece(
+    own: Sizes, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of tiles, as in `hopper.cu`. A run without tiles would be waited for, and a block outside the GPU too."""
+    monkeypatch.setattr(in_cuda, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(in_cuda, "_done", lambda device: None)
+    rows, tall = 8 * own.of_x, 16 * own.of_w * own.warps
+    for m, n, tiles in product((1, 300, 2048), (16, 4099, 28672), (1, 3, 64)):
+        (blocks, *others), (left, _) = in_cuda._split(torch.empty(m, 0, device="meta"), n, tiles, own)
+        assert isinstance(left, torch.Tensor)
+        clusters, total = blocks // own.cluster, -(-m // rows) * -(-n // (tall * own.cluster)) * tiles
+        assert (blocks % own.cluster, others) == (0, [1, 1])
+        assert blocks <= multiprocessors * own.resident
+        assert left.numel() == blocks * tall * rows
+        starts = [total * cluster // clusters for cluster in range(clusters + 1)]
+        assert all(begin < end for begin, end in pairwise(starts))
+        owners = [cluster for cluster, (begin, end) in enumerate(pairwise(starts)) for _ in range(begin, end)]
+        assert owners == [((at + 1) * clusters - 1) // total for at in range(total)]
 
 
 def test_nothing_changes_where_the_built_in_sizes_are_fastest() -> None:

@@ -15,11 +15,14 @@
 // A piece is TALL rows of W for each block of the cluster, and ROWS rows of x. The tiles of all pieces, one piece after
 // another, are divided among the clusters in equal runs. If several share a piece, the one with its first tile waits for
 // the partial sums of the others, which they left in `work`, and adds them in order, so that results are reproducible. It
-// does not wait long, as they work on them at the same time or did so at the start of their runs.
+// does not wait long, as they work on them at the same time or did so at the start of their runs. It waits at the end of
+// its own run, and all blocks fit on the GPU at once (see in_cuda.py), so no two wait for each other.
 //
-// int4-g128 on an H200, 28672 x 8192: 256 rows in 175 µs, 2048 in 1.47 to 1.53 ms (690 and 630 to 650 TFLOP/s, at the
-// card's limit of 700 W), where PyTorch's product in bfloat16 takes 183 µs and 1.43 ms (benchmarks/results/2026-11-h200.md).
+// int4-g128 on an H200, 28672 x 8192: 256 rows in 175 µs, 2048 in 1.53 ms (690 and 630 TFLOP/s, at the card's limit of
+// 700 W), where PyTorch's product in bfloat16 takes 183 µs and 1.43 ms (benchmarks/results/2026-11-servers-kernels.md).
 // More macros: CLUSTER DEPTH, and WGMMA as in many.cu.
+
+static_assert(DEPTH > 1, "a stage of x is free again when the next one has come");
 
 #define ROWS (8 * NT)
 #define PIECES (TILE / 64)

@@ -22,8 +22,8 @@ from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, TABLE, WORDS, Recipe, op
 _FLOAT = 3  # storage of the scale s as float32, in addition to the kinds of a recipe
 _PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory for the level table and for a map of scales
 _STAGES = 3  # tiles of x that `many` keeps in shared memory
-_EVEN = 0.93  # the smallest share of the GPU's block slots for which `many` prefers an even split over using all slots
-_LEAST = 4  # fewest tiles of W for which `many` starts a block
+_EVEN = 0.93  # the smallest share of the GPU's block slots for which an even split is preferred over using all slots
+_LEAST = 4  # fewest tiles of W for which `many` starts a block, and `hopper` a cluster
 _FETCHING = 4  # warps of a block of `hopper` that do not multiply; one of them fetches x
 
 
@@ -209,7 +209,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _done(device: torch.device) -> Tensor:
-    """Counters, one per piece of W's rows: how many blocks have finished it. The last block resets the counter to 0.
+    """Counters. The block that finds one complete resets it to 0.
+
+    `many` has one for each piece of W's rows: how many blocks have finished it. `hopper` has one for each block: how
+    many others have left the partial sums that it waits for.
 
     Kernels that run at the same time must not share counters, so each stream has its own, and CUDA graphs have one set.
     That set is allocated before the first capture: during a capture, filling it with zeros would only be recorded, and

@@ -74,7 +74,10 @@ def costly(how: Recipe) -> bool:
 
 
 def candidates(rows: int, hopper: bool) -> tuple[Sizes, ...]:
-    """The sizes that may be best up to so many rows: those that read W once or twice, and fill at least a quarter."""
+    """The sizes that may be best up to so many rows.
+
+    At least a quarter of a block's rows of x are filled. W is read at most twice, or eight times above 256 rows.
+    """
     known = dict.fromkeys(sizes for table in (H200, HOPPER) for _, several in table for sizes in several)
     passes = 2 if rows <= 256 else 8
     return tuple(
