@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import queue
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -51,11 +52,9 @@ def rate(engine: Engine, requests: int, new: int, choosing: Choosing) -> float:
 def arrival(engine: Engine, others: int) -> str:
     """Milliseconds to the first token of a long prompt, and the longest that a running request waits meanwhile."""
     came = list[float]()
-    names = [engine.submit([5] * PROMPT, CONTEXT - PROMPT, GREEDY, lambda _: came.append(time.perf_counter()))]
-    names = [
-        *names,
-        *(engine.submit([5] * PROMPT, CONTEXT - PROMPT, GREEDY, lambda _: None) for _ in range(others - 1)),
-    ]
+    tells: list[Callable[[News], None]] = [lambda _: came.append(time.perf_counter())]
+    tells += [lambda _: None] * (others - 1)
+    names = [engine.submit([5] * PROMPT, CONTEXT - PROMPT, GREEDY, tell) for tell in tells]
     firsts, waits = list[float](), list[float]()
     for n in range(6):
         time.sleep(0.3)
