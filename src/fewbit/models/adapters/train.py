@@ -64,7 +64,7 @@ def train(
     """Train a LoRA on the examples of `training`.
 
     name: the base model's name in the adapter's config. pad: the token id that pads short examples. NumericsError if
-    the held-out loss is not finite before training; PlanError for what `check_fits` does not find.
+    the held-out loss is not finite before training; PlanError for targets that PEFT refuses, see also `check_fits`.
     """
     torch.manual_seed(tuning.seed)  # of the adapter's initial values
     adapted = _adapted(model, name, tuning)
