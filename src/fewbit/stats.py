@@ -68,6 +68,8 @@ class Stats:
         # [3, K, K]: the shift over most rows, that over held-out rows, mean m mᵀ; and the sums of the weights of rows.
         self._shift: Tensor | None = None
         self._shift_weights = [0.0, 0.0]
+        # Whether what is right of the panels of H, and of mean m mᵀ, is not up to date.
+        self._is_lower = self._middle_is_lower = False
 
     @classmethod
     def from_mean_square(cls, mean_square: Tensor, rows: int) -> Stats:
@@ -106,7 +108,8 @@ class Stats:
         if self._hessian is not None:
             x = x * weight.sqrt().unsqueeze(1)
             with _tf32() if narrow and x.is_cuda else nullcontext():
-                self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
+                _add_gram(self._hessian, x, keep, share)
+            self._is_lower = True
 
     def add_shift(self, x: Tensor, original: Tensor, held_out: Tensor, weight: Tensor | None = None) -> None:
         """Add rows x [..., K] and those of the original model to the shift.
@@ -132,7 +135,8 @@ class Stats:
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 shift[part].addmm_(apart.T, middle, beta=keep, alpha=share)
                 if part == 0:
-                    shift[2].addmm_(middle.T, middle, beta=keep, alpha=share)
+                    _add_gram(shift[2], middle, keep, share)
+                    self._middle_is_lower = True
 
     def _shift_sums(self) -> Tensor:
         if self._shift is None:
@@ -152,6 +156,7 @@ class Stats:
         for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
             if own is not None and other is not None:
                 own.lerp_(other, share)
+        self._is_lower |= pool._is_lower
         if self._top is not None and pool._top is not None:
             torch.maximum(self._top, pool._top, out=self._top)
         self.borrowed = pool.rows
@@ -176,6 +181,7 @@ class Stats:
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
                 ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
+        self._is_lower = True  # another rank may have added rows since its last reading
 
     def all_reduce_shift(self) -> None:
         """The same for the shift."""
@@ -188,9 +194,19 @@ class Stats:
         shares = [own / total if total else 0.0 for own, total in zip(owns, self._shift_weights, strict=True)]
         for mean, share in zip(self._shift_sums(), (*shares, shares[0]), strict=True):
             ranks.all_reduce(mean.mul_(share))
+        self._middle_is_lower = True
+
+    def _complete(self) -> None:
+        """Bring what is right of the panels up to date."""
+        if self._is_lower and self._hessian is not None:
+            _mirror(self._hessian)
+        if self._middle_is_lower and self._shift is not None:
+            _mirror(self._shift[2])
+        self._is_lower = self._middle_is_lower = False
 
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""
+        self._complete()
         stats = copy(self)
         stats._top = None if self._top is None else self._top / scales
         stats._abs = None if self._abs is None else self._abs / scales
@@ -201,6 +217,7 @@ class Stats:
 
     def ordered(self, order: Tensor) -> Stats:
         """The statistics of the same input with column `order[j]` at place j. order: int64 [K]."""
+        self._complete()
         stats = copy(self)
         stats._top, stats._abs, stats._square = (
             None if each is None else each[order] for each in (self._top, self._abs, self._square)
@@ -213,6 +230,7 @@ class Stats:
     @property
     def shift(self) -> Shift | None:
         """The shift; None if it was not gathered, or there are no rows to fit it or none held out."""
+        self._complete()
         return Shift(*self._shift) if self._shift is not None and all(self._shift_weights) else None
 
     @property
@@ -228,6 +246,7 @@ class Stats:
     @property
     def hessian(self) -> Tensor:
         """H = mean x xᵀ, [K, K]. It is not a copy: do not write to it."""
+        self._complete()
         return self._checked(self._hessian)
 
     @property
@@ -241,6 +260,26 @@ class Stats:
         if self.is_empty:
             raise NumericsError("no finite row reached this input during calibration")
         return mean
+
+
+def _panels(k: int) -> Iterator[slice]:
+    """Eight panels of k rows, or fewer of at least 64 rows."""
+    size = -(-k // (8 * 64)) * 64
+    yield from (slice(start, min(start + size, k)) for start in range(0, k, size))
+
+
+def _add_gram(out: Tensor, x: Tensor, keep: float, share: float) -> None:
+    """out [K, K] = keep out + share xᵀ x for x [rows, K], which is symmetric: without what is right of each panel.
+
+    That is 44 % less work than the whole product. `_mirror` fills in the rest.
+    """
+    for rows in _panels(x.shape[1]):
+        out[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], beta=keep, alpha=share)
+
+
+def _mirror(matrix: Tensor) -> None:
+    for rows in _panels(len(matrix)):
+        matrix[: rows.start, rows] = matrix[rows, : rows.start].T
 
 
 @contextmanager

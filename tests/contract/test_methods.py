@@ -44,7 +44,9 @@ def check_choice(method: Method, spec: str) -> None:
 
 
 def dict_of(stats: Stats) -> dict[str, torch.Tensor]:
-    """A copy of all that was measured."""
+    """A copy of all that was measured. What a Hessian has twice is filled in when it is read."""
+    if stats.need >= Need.HESSIAN:
+        assert len(stats.hessian) == stats.columns
     return {key: value.clone() for key, value in vars(stats).items() if isinstance(value, torch.Tensor)}
 
 

@@ -50,6 +50,28 @@ def test_many_small_batches_lose_no_digits() -> None:
     assert stats.rows == 4000
 
 
+@pytest.mark.parametrize("k", [1, 64, 65, 200, 1000])
+def test_a_hessian_of_many_columns_is_read_between_batches(k: int) -> None:
+    """Only a part of it is computed, and the rest is a copy."""
+    x = inputs(90, k)
+    stats, order = Stats(k, Need.HESSIAN), torch.arange(k).flip(0)
+    for end in (30, 60, 90):
+        stats.add(x[end - 30 : end])
+        exact = x[:end].double().T @ x[:end].double() / end
+        for found, wanted in ((stats.ordered(order), exact.flip(0, 1)), (stats.divided(torch.ones(k)), exact)):
+            torch.testing.assert_close(found.hessian.double(), wanted, rtol=1e-4, atol=1e-5)
+        assert ((stats.hessian.double() - exact).abs() <= rounding(x)).all()
+
+
+def test_a_hessian_is_whole_after_it_shrinks_towards_another() -> None:
+    x, y = inputs(90, 200).split([40, 50])
+    stats, pool = gathered(Need.HESSIAN, x), gathered(Need.HESSIAN, y)
+    _ = stats.hessian
+    stats.shrink(pool, 10.0)
+    exact = (x.double().T @ x.double() + 10 / 50 * (y.double().T @ y.double())) / 50
+    torch.testing.assert_close(stats.hessian.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("need", GATHERED)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_are_dropped_and_counted(need: Need, bad: float) -> None:

@@ -46,16 +46,20 @@ def rows_for(k: int, count: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x + 0.1 * inputs(count + 1, k)[1:], x, torch.linspace(0.5, 2, count), torch.arange(count) % 8 == 7
 
 
-def test_the_shift_is_its_definition() -> None:
-    before, x, weight, held = rows_for(12)
-    stats = Stats(12, Need.SHIFT)
+@pytest.mark.parametrize("k", [12, 200])
+def test_the_shift_is_its_definition(k: int) -> None:
+    before, x, weight, held = rows_for(k)
+    stats = Stats(k, Need.SHIFT)
     for part in torch.arange(60).split(17):
         stats.add_shift(x[part], before[part], held[part], weight[part])
+        assert stats.shift is not None or part[0] == 0
     assert stats.shift is not None
+    middle, own = ((before + x) / 2)[~held].double(), weight[~held].double()
+    torch.testing.assert_close(stats.shift.middle.double(), (middle.T * own) @ middle / own.sum(), rtol=1e-4, atol=1e-5)
     for found, rows in ((stats.shift.fit, ~held), (stats.shift.held_out, held)):
         wanted = shift_of(before[rows], x[rows], weight[rows])
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
-    scales = torch.linspace(0.5, 2, 12)
+    scales = torch.linspace(0.5, 2, k)
     divided = stats.divided(scales).shift
     assert divided is not None
     wanted = shift_of(before[~held] / scales, x[~held] / scales, weight[~held])
