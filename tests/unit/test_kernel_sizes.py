@@ -111,7 +111,7 @@ def test_clusters_find_those_that_share_a_piece(
 ) -> None:
     """Runs of tiles, as in `hopper.cu`. A run without tiles would be waited for, and a block outside the GPU too."""
     monkeypatch.setattr(in_cuda, "_multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(in_cuda, "_done", lambda device: None)
+    monkeypatch.setattr(in_cuda, "_done", lambda device, count: None)
     rows, tall = 8 * own.of_x, 16 * own.of_w * own.warps
     for m, n, tiles in product((1, 300, 2048), (16, 4099, 28672), (1, 3, 64)):
         (blocks, *others), (left, _) = in_cuda._split(torch.empty(m, 0, device="meta"), n, tiles, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -131,6 +132,21 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     for rows, of_w, of_x, cluster in ((64, 2, 8, 1), (65, 1, 16, 1), (129, 1, 24, 2), (2048, 1, 32, 2)):
         assert ops.choose(rows, 4096, 4096, how, CUDA) == (ops.CUDA, 8, of_w, of_x, 1, 1, cluster)
     assert ops.choose(2049, 4096, 4096, how, CUDA) == (ops.VALUES,)
+
+
+def test_launches_in_graphs_have_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs may be replayed at the same time."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(in_cuda, "_counters", cache(in_cuda._counters.__wrapped__))
+    given = [in_cuda._done(device, 132) for _ in range(4000)]
+    assert all(len(each) == 132 and not each.any() for each in given)
+    starts = [each.storage_offset() for each in given]
+    assert starts == list(range(0, 4000 * 132, 132))
+    assert len({each.untyped_storage().data_ptr() for each in given}) == 1
+    again = [in_cuda._done(device, 132).storage_offset() for _ in range(4000)]
+    assert 0 in again  # from the start, when all were given
+    assert max(again) + 132 <= 1 << 20
 
 
 def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def _split(x: Tensor, n: int, tiles: int, sizes: Sizes) -> tuple[tuple[int, int,
     clusters = min(even if even >= _EVEN * room else room, -(-pieces * tiles // _LEAST))
     sums = clusters * cluster * over * rows * sizes.warps * 8 * sizes.of_x
     left = torch.empty(sums if sizes.cluster else 2 * sums, device=x.device, dtype=torch.float32)
-    return (clusters * cluster, over, 1), [left, _done(x.device)]
+    counters = clusters * cluster if sizes.cluster else pieces * over
+    return (clusters * cluster, over, 1), [left, _done(x.device, counters)]
 
 
 def grouped(
@@ -208,25 +209,38 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _done(device: torch.device) -> Tensor:
-    """Counters. The block that finds one complete resets it to 0.
+def _done(device: torch.device, count: int) -> Tensor:
+    """Counters, all 0. The block that finds one complete resets it to 0.
 
     `many` has one for each piece of W's rows: how many blocks have finished it. `hopper` has one for each block: how
     many others have left the partial sums that it waits for.
 
-    Kernels that run at the same time must not share counters, so each stream has its own, and CUDA graphs have one set.
-    That set is allocated before the first capture: during a capture, filling it with zeros would only be recorded, and
-    not done.
+    Kernels that run at the same time must not share counters. So each stream has its own, and each launch in a CUDA
+    graph: graphs may be replayed on several streams. These come from one set in turns. It is allocated before the first
+    capture: during a capture, filling it with zeros would only be recorded, and not done.
     """
     of_graphs = _counters(device, None)
     if torch.cuda.is_current_stream_capturing():
-        return of_graphs
-    return _counters(device, torch.cuda.current_stream(device))
+        return of_graphs.next(count)
+    return _counters(device, torch.cuda.current_stream(device)).all
+
+
+class _Counters:
+    """all: a million for CUDA graphs, enough for thousands of launches, else 65,536."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.all, self._taken = torch.zeros(size, dtype=torch.int32, device=device), 0
+
+    def next(self, count: int) -> Tensor:
+        """So many that were not given for the longest time."""
+        start = self._taken if self._taken + count <= len(self.all) else 0
+        self._taken = start + count
+        return self.all[start : start + count]
 
 
 @cache
-def _counters(device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+def _counters(device: torch.device, stream: torch.cuda.Stream | None) -> _Counters:
+    return _Counters(device, 1 << (20 if stream is None else 16))
 
 
 @cache
