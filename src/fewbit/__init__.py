@@ -133,13 +133,14 @@ def prefer(*methods: str) -> None:
     """Load models of these quantization methods by fewbit even where their own back end is installed.
 
     The names are fewbit's names of formats, such as "bnb" or "gptq", or those of a quantization_config's
-    `quant_method`, such as "bitsandbytes"; none at all means every method that fewbit knows. It holds for this process,
-    and may be called before or after transformers is imported. PlanError for a name that fewbit does not know.
+    `quant_method`, such as "bitsandbytes" or "auto-round"; none at all means every method that fewbit knows. It holds
+    for this process, and may be called before or after transformers is imported. PlanError for a name that fewbit does
+    not know.
     """
     from fewbit import registry
 
     known = {name: format.quant_method for name, format in registry.entries("formats").items()}
-    known |= {method: method for method in known.values()}
+    known |= {method: method for method in (*known.values(), "auto-round")}
     for method in methods:
         if method not in known:
             raise registry.unknown("quantization method", method, known)

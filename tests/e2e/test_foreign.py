@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
 
 import fewbit
+from fewbit import hook
 from fewbit.errors import FormatError
+from fewbit.models.plugin import quantizer
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule
 from tests import architectures, models, packed_models
+
+
+@pytest.fixture(autouse=True)
+def ours() -> Iterator[None]:
+    """fewbit reads AutoRound's files, also where auto-round is installed."""
+    with packed_models.preferred("auto-round"):
+        yield
+
+
+def test_auto_round_may_keep_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed, transformers uses it, until `prefer` is called."""
+    monkeypatch.setattr(hook, "preferred", set())
+    monkeypatch.setitem(quantizer._INSTALLED, "auto-round", lambda: True)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "auto-round", object)
+    fewbit.prefer("gptq")
+    assert auto.AUTO_QUANTIZER_MAPPING["auto-round"] is object
+    fewbit.prefer("auto-round")
+    assert auto.AUTO_QUANTIZER_MAPPING["auto-round"] is quantizer.FewbitQuantizer
 
 
 @pytest.fixture(scope="module")

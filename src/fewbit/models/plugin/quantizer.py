@@ -89,8 +89,8 @@ _INSTALLED = {
     "bitsandbytes": is_bitsandbytes_available,
     # transformers itself; `patch_fp8` refuses what it would load wrong
     **dict.fromkeys(("fp8", "mxfp4"), lambda: True),
+    "auto-round": is_auto_round_available,
 }
-_AUTO_ROUND = "auto-round"  # its files have the layout of GPTQ or AWQ
 
 
 class FewbitQuantizer(HfQuantizer):
@@ -102,7 +102,7 @@ class FewbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
         config: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
-        if method == _AUTO_ROUND:
+        if method == "auto-round":
             config = foreign.normalized(config)
             method = config["quant_method"]
         format = by_quant_method(method)
@@ -480,12 +480,10 @@ def register() -> None:
     if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
-        quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
+        quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, _methods())
     own = (patch_adapters, patch_dtype, patch_fp8, patch_outputs, patch_embeddings, patch_saving)
     for each in (*own, compressed_tensors, modelopt):
         each.register()
-    if not is_auto_round_available():
-        auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement
         from fewbit.models.plugin.gguf import GgufQuantizer
 
@@ -494,8 +492,9 @@ def register() -> None:
 
 
 def _methods() -> list[str]:
-    """The quantization methods of formats that are folders. GGUF, a single file, has its own quantizer."""
-    return [format.quant_method for format in registry.entries("formats").values() if not format.suffix]
+    """The quantization methods of formats that are folders, and AutoRound's, whose files have one of their layouts.
+    GGUF, a single file, has its own quantizer."""
+    return [*(each.quant_method for each in registry.entries("formats").values() if not each.suffix), "auto-round"]
 
 
 def _back_ends(method: str) -> tuple[str, ...]:
