@@ -34,11 +34,12 @@ def test_auto_round_may_keep_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is installed, transformers uses it, until `prefer` is called."""
     monkeypatch.setattr(hook, "preferred", set())
     monkeypatch.setitem(quantizer._INSTALLED, "auto-round", lambda: True)
-    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "auto-round", object)
+    mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    monkeypatch.setitem(mapping, "auto-round", object)
     fewbit.prefer("gptq")
-    assert auto.AUTO_QUANTIZER_MAPPING["auto-round"] is object
+    assert mapping["auto-round"] is object
     fewbit.prefer("auto-round")
-    assert auto.AUTO_QUANTIZER_MAPPING["auto-round"] is quantizer.FewbitQuantizer
+    assert mapping["auto-round"] is quantizer.FewbitQuantizer
 
 
 @pytest.fixture(scope="module")
