@@ -69,7 +69,7 @@ class Stats:
         self._shift: Tensor | None = None
         self._shift_weights = [0.0, 0.0]
         # Whether what is right of the panels of H, and of mean m mᵀ, is not up to date.
-        self._is_lower = self._middle_is_lower = False
+        self._is_partial = self._middle_is_partial = False
 
     @classmethod
     def from_mean_square(cls, mean_square: Tensor, rows: int) -> Stats:
@@ -109,7 +109,7 @@ class Stats:
             x = x * weight.sqrt().unsqueeze(1)
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 _add_gram(self._hessian, x, keep, share)
-            self._is_lower = True
+            self._is_partial = True
 
     def add_shift(self, x: Tensor, original: Tensor, held_out: Tensor, weight: Tensor | None = None) -> None:
         """Add rows x [..., K] and those of the original model to the shift.
@@ -136,7 +136,7 @@ class Stats:
                 shift[part].addmm_(apart.T, middle, beta=keep, alpha=share)
                 if part == 0:
                     _add_gram(shift[2], middle, keep, share)
-                    self._middle_is_lower = True
+                    self._middle_is_partial = True
 
     def _shift_sums(self) -> Tensor:
         if self._shift is None:
@@ -156,7 +156,7 @@ class Stats:
         for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
             if own is not None and other is not None:
                 own.lerp_(other, share)
-        self._is_lower |= pool._is_lower
+        self._is_partial |= pool._is_partial
         if self._top is not None and pool._top is not None:
             torch.maximum(self._top, pool._top, out=self._top)
         self.borrowed = pool.rows
@@ -181,7 +181,7 @@ class Stats:
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
                 ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
-        self._is_lower = True  # another rank may have added rows since its last reading
+        self._is_partial = True  # another rank may have added rows since its last reading
 
     def all_reduce_shift(self) -> None:
         """The same for the shift."""
@@ -194,15 +194,15 @@ class Stats:
         shares = [own / total if total else 0.0 for own, total in zip(owns, self._shift_weights, strict=True)]
         for mean, share in zip(self._shift_sums(), (*shares, shares[0]), strict=True):
             ranks.all_reduce(mean.mul_(share))
-        self._middle_is_lower = True
+        self._middle_is_partial = True
 
     def _complete(self) -> None:
         """Bring what is right of the panels up to date."""
-        if self._is_lower and self._hessian is not None:
+        if self._is_partial and self._hessian is not None:
             _mirror(self._hessian)
-        if self._middle_is_lower and self._shift is not None:
+        if self._middle_is_partial and self._shift is not None:
             _mirror(self._shift[2])
-        self._is_lower = self._middle_is_lower = False
+        self._is_partial = self._middle_is_partial = False
 
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""
