@@ -59,7 +59,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp())
     make(scratch / "model", args.layers)
     for path in (Path(fewbit.__file__).parent / "data/tiny").iterdir():
-        if "token" in path.name:
+        if "token" in path.name or path.suffix == ".jinja":
             shutil.copy(path, scratch / "model")
     wanted = Optimization(steps=args.steps, batch=4096, codes=False, learning_rate=1e-3)
     effort._PHASES["high"] = effort.EndToEnd(wanted, WINDOWS)
