@@ -19,6 +19,7 @@ from peft.utils import other
 from torch import nn
 
 from fewbit.errors import PlanError
+from fewbit.models.patching import replace
 from fewbit.nn.layers import QEmbedding, QLinear
 
 INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initializations that leave the weight unchanged
@@ -50,17 +51,14 @@ class QLoraLinear(Linear):
         )
 
 
+def _with_ours(theirs: Any, self: LoraConfig) -> None:
+    theirs(self)
+    self._register_custom_module({QLinear: QLoraLinear})
+
+
 def register() -> None:
     """Make every `LoraConfig` wrap `QLinear` in `QLoraLinear`, and let PEFT prepare packed models for training."""
-    config: Any = LoraConfig
-    prepare = config.__post_init__
-
-    @wraps(prepare)
-    def with_ours(self: LoraConfig) -> None:
-        prepare(self)
-        self._register_custom_module({QLinear: QLoraLinear})
-
-    config.__post_init__ = with_ours
+    replace(LoraConfig, "__post_init__", _with_ours)
     theirs: Any = other.prepare_model_for_kbit_training
 
     # PEFT recognizes quantized models by a flag. transformers, accelerate and PEFT import bitsandbytes when they see

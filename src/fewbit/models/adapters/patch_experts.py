@@ -8,32 +8,26 @@ or lose the adapter's weights for them. `fewbit.hook` imports this module after 
 from __future__ import annotations
 
 import inspect
-from functools import wraps
 from typing import Any
 
-from peft.utils import transformers_weight_conversion as theirs
+from peft.utils import transformers_weight_conversion
 
 from fewbit.models.experts import are_separate
+from fewbit.models.patching import replace
 
 # The first changes a config in place, the second returns the weights of an adapter.
 _RENAMING = ("convert_peft_config_for_transformers", "convert_peft_adapter_state_dict_for_transformers")
 
 
-def _unless_separate(convert: Any) -> Any:
-    signature = inspect.signature(convert)
-
-    @wraps(convert)
-    def converted(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        return given.get("adapter_state_dict") if are_separate(given["model"]) else convert(*args, **kwargs)
-
-    return converted
+def _unless_separate(convert: Any, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(convert).bind(*args, **kwargs).arguments
+    return given.get("adapter_state_dict") if are_separate(given["model"]) else convert(*args, **kwargs)
 
 
 def register() -> None:
     """Make both functions do nothing for a model with separate experts."""
     for name in _RENAMING:
-        setattr(theirs, name, _unless_separate(getattr(theirs, name)))
+        replace(transformers_weight_conversion, name, _unless_separate)
 
 
 register()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import nn
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import scales
+from fewbit.models.patching import replace
 from fewbit.models.scales import Scales
 from fewbit.models.source import name_of, only_gguf
 
@@ -57,7 +57,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
                 f"the adapter {folder or adapter} is assumed to be trained on this very model: "
                 + (unknown if here is not None else "the model does not record its AWQ scales")
                 + ". On a model with other AWQ scales an adapter loses what it learned.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return
     if trained.digest == here.digest:
@@ -66,7 +66,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
         warnings.warn(
             f"the adapter {folder or adapter} names its model {config.base_model_name_or_path!r}, which is taken to be "
             f"{base}: the adapter is rescaled from that model's AWQ scales",
-            stacklevel=3,
+            stacklevel=4,
         )
     if reason := _why_not(config):
         raise PlanError(
@@ -161,32 +161,30 @@ def _why_not(config: Any) -> str | None:
 
 def register() -> None:
     """Make `PeftModel` rescale each adapter that it loads, and record the model's scales beside each that it saves."""
-    model: Any = peft_model.PeftModel
-    load, save = model.load_adapter, model.save_pretrained
+    replace(peft_model.PeftModel, "load_adapter", _load_adapter)
+    replace(peft_model.PeftModel, "save_pretrained", _save_pretrained)
 
-    @wraps(load)
-    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-        folder = Path(model_id) / (kwargs.get("subfolder") or "")
-        config = self.peft_config[adapter_name]
-        fit(self.get_base_model(), adapter_name, config, folder.absolute() if folder.is_dir() else None)
-        return result
 
-    @wraps(save)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        base = self.get_base_model()
-        for config in self.peft_config.values():
-            if config.base_model_name_or_path in (None, getattr(base, "name_or_path", None)):  # PEFT fills in None
-                config.base_model_name_or_path = name_of(base) or None
-        result = save(self, save_directory, *args, **kwargs)
-        if known := scales.of_model(base):
-            for name in kwargs.get("selected_adapters") or list(self.peft_config):
-                folder = Path(save_directory) / ("" if name == "default" else name)
-                if folder.is_dir():
-                    scales.write_record(folder, known, name_of(base))
-        return result
+def _load_adapter(theirs: Any, self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    result = theirs(self, model_id, adapter_name, *args, **kwargs)
+    folder = Path(model_id) / (kwargs.get("subfolder") or "")
+    config = self.peft_config[adapter_name]
+    fit(self.get_base_model(), adapter_name, config, folder.absolute() if folder.is_dir() else None)
+    return result
 
-    model.load_adapter, model.save_pretrained = load_adapter, save_pretrained
+
+def _save_pretrained(theirs: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    base = self.get_base_model()
+    for config in self.peft_config.values():
+        if config.base_model_name_or_path in (None, getattr(base, "name_or_path", None)):  # PEFT fills in None
+            config.base_model_name_or_path = name_of(base) or None
+    result = theirs(self, save_directory, *args, **kwargs)
+    if known := scales.of_model(base):
+        for name in kwargs.get("selected_adapters") or list(self.peft_config):
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            if folder.is_dir():
+                scales.write_record(folder, known, name_of(base))
+    return result
 
 
 register()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container, Iterator, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
+from fewbit.models.patching import replace
 from fewbit.models.plugin.modules import put, put_embedding, releasing, taken, unpack, without_place
 from fewbit.models.plugin.patch_gguf_config import gguf_path, named
 from fewbit.models.plugin.serving import requested_kernel, requested_tower
@@ -394,29 +394,23 @@ def _same(embedding: QEmbedding, head: QLinear) -> bool:
     )
 
 
+def _from_pretrained(
+    theirs: Any, kind: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if file := named(pretrained_model_name_or_path, kwargs, "*.safetensors*", "*.bin*"):
+        kwargs["gguf_file"] = gguf_path(pretrained_model_name_or_path, file, kwargs)
+    with building():
+        return theirs(kind, pretrained_model_name_or_path, *args, **kwargs)
+
+
 def register() -> None:
-    """Patch `from_pretrained` of all models.
+    """Replace `from_pretrained` of all models.
 
     `from_pretrained(folder, gguf_file=...)` reads the file in `folder`: transformers would prefer a file of that name
     in the working directory. A folder with one GGUF model and nothing else to read needs no `gguf_file`. And threads
     take turns: transformers changes settings of the process while it builds a model, such as whether weights are tied.
     """
-    cls: Any = PreTrainedModel
-    theirs = cls.from_pretrained
-    if hasattr(theirs, "by_fewbit"):
-        return
-    inner = theirs.__func__
-
-    @wraps(inner)
-    def ours(kind: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if file := named(pretrained_model_name_or_path, kwargs, "*.safetensors*", "*.bin*"):
-            kwargs["gguf_file"] = gguf_path(pretrained_model_name_or_path, file, kwargs)
-        with building():
-            return inner(kind, pretrained_model_name_or_path, *args, **kwargs)
-
-    ours.by_fewbit = True  # type: ignore[attr-defined]
-    patched: Any = ours
-    cls.from_pretrained = classmethod(patched)
+    replace(PreTrainedModel, "from_pretrained", _from_pretrained)
 
 
 register()

@@ -6,55 +6,43 @@ same for PEFT's `PeftModel`.
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from fewbit.models import scales
+from fewbit.models.patching import replace
 from fewbit.models.source import name_of
 
 
-def _fitting(theirs: Any) -> Any:
-    """Wrap transformers' `load_adapter` (`theirs`): after loading, rescale the adapter to the model's scales."""
+def _load_adapter(
+    theirs: Any, self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any
+) -> Any:
+    """After loading, rescale the adapter to the model's scales."""
+    result = theirs(self, peft_model_id, adapter_name, **kwargs)
+    if peft_model_id is not None:
+        from fewbit.models.adapters.refit import fit  # PEFT is an extra
 
-    @wraps(theirs)
-    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
-        result = theirs(self, peft_model_id, adapter_name, **kwargs)
-        if peft_model_id is not None:
-            from fewbit.models.adapters.refit import fit  # PEFT is an extra
-
-            name, folder = adapter_name or "default", Path(peft_model_id).absolute()
-            fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
-        return result
-
-    load_adapter.by_fewbit = True  # type: ignore[attr-defined]
-    return load_adapter
+        name, folder = adapter_name or "default", Path(peft_model_id).absolute()
+        fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
+    return result
 
 
-def _recording(theirs: Any) -> Any:
-    """Wrap transformers' `save_pretrained` (`theirs`): after saving an adapter, record the model's scales beside it."""
-
-    @wraps(theirs)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        adapted = getattr(self, "_hf_peft_config_loaded", False)
-        for config in self.peft_config.values() if adapted else ():
-            if config.base_model_name_or_path == self.name_or_path:
-                config.base_model_name_or_path = name_of(self) or None
-        result = theirs(self, save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        if adapted and folder.is_dir() and (known := scales.of_model(self)):
-            scales.write_record(folder, known, name_of(self))
-        return result
-
-    save_pretrained.by_fewbit = True  # type: ignore[attr-defined]
-    return save_pretrained
+def _save_pretrained(theirs: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """After saving an adapter, record the model's scales beside it."""
+    adapted = getattr(self, "_hf_peft_config_loaded", False)
+    for config in self.peft_config.values() if adapted else ():
+        if config.base_model_name_or_path == self.name_or_path:
+            config.base_model_name_or_path = name_of(self) or None
+    result = theirs(self, save_directory, *args, **kwargs)
+    folder = Path(save_directory)
+    if adapted and folder.is_dir() and (known := scales.of_model(self)):
+        scales.write_record(folder, known, name_of(self))
+    return result
 
 
 def register() -> None:
-    """Patch `PreTrainedModel`, once."""
-    model: Any = PreTrainedModel
-    if not hasattr(model.load_adapter, "by_fewbit"):
-        model.load_adapter = _fitting(model.load_adapter)
-        model.save_pretrained = _recording(model.save_pretrained)
+    """Replace both methods."""
+    replace(PreTrainedModel, "load_adapter", _load_adapter)
+    replace(PreTrainedModel, "save_pretrained", _save_pretrained)

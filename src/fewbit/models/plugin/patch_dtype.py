@@ -10,22 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fewbit.models.patching import replace
 from fewbit.nn.layers import QEmbedding
 
 
-def _found(theirs: Any) -> property:
-    def dtype(self: Any) -> torch.dtype:
-        if any(parameter.is_floating_point() for parameter in self.parameters()):
-            own: torch.dtype = theirs.fget(self)
-            return own
-        return next(module.dtype for module in self.modules() if isinstance(module, QEmbedding))
-
-    dtype.by_fewbit = True  # type: ignore[attr-defined]
-    return property(dtype)
+def _dtype(theirs: Any, self: Any) -> torch.dtype:
+    if any(parameter.is_floating_point() for parameter in self.parameters()):
+        own: torch.dtype = theirs(self)
+        return own
+    return next(module.dtype for module in self.modules() if isinstance(module, QEmbedding))
 
 
 def register() -> None:
-    """Patch `PreTrainedModel`, once."""
-    model: Any = PreTrainedModel
-    if not hasattr(model.dtype.fget, "by_fewbit"):
-        model.dtype = _found(model.dtype)
+    """Replace the property."""
+    replace(PreTrainedModel, "dtype", _dtype)

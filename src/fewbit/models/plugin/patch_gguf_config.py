@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import configuration_utils
+
+from fewbit.models.patching import replace
 
 if TYPE_CHECKING:
     from fewbit.formats.containers.gguf import GgufFile
@@ -68,35 +69,28 @@ def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | No
     return opened if of_file(opened) is not None else None
 
 
+def _get_config_dict(theirs: Any, kind: Any, name: Any, **kwargs: Any) -> Any:
+    from fewbit.models.gguf.config import to_config
+
+    default = kwargs.get("_configuration_file", "config.json") == "config.json"
+    file = named(name, kwargs) if default else kwargs.get("gguf_file")
+    if file and (found := gguf_file(name, file, kwargs)) is not None:
+        return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
+    config, rest = theirs(kind, name, **kwargs)
+    folder = Path(str(name)) / (kwargs.get("subfolder") or "")
+    if config is not None and default:
+        from fewbit.models.foreign import check, completed
+
+        config = completed(config, folder) if folder.is_dir() else config
+        if not isinstance(quantized := config.get("quantization_config", {}), (dict, type(None))):
+            check(quantized)  # transformers' own error does not say why
+    return config, rest
+
+
 def register() -> None:
-    """Wrap the function of transformers that reads a config file."""
-    cls: Any = configuration_utils.PreTrainedConfig
-    theirs = getattr(cls, "_get_config_dict", None)
-    if theirs is None or hasattr(theirs, "by_fewbit"):
-        return
-    inner = theirs.__func__
-
-    @wraps(inner)
-    def ours(kind: Any, name: Any, **kwargs: Any) -> Any:
-        from fewbit.models.gguf.config import to_config
-
-        default = kwargs.get("_configuration_file", "config.json") == "config.json"
-        file = named(name, kwargs) if default else kwargs.get("gguf_file")
-        if file and (found := gguf_file(name, file, kwargs)) is not None:
-            return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
-        config, rest = inner(kind, name, **kwargs)
-        folder = Path(str(name)) / (kwargs.get("subfolder") or "")
-        if config is not None and default:
-            from fewbit.models.foreign import check, completed
-
-            config = completed(config, folder) if folder.is_dir() else config
-            if not isinstance(quantized := config.get("quantization_config", {}), (dict, type(None))):
-                check(quantized)  # transformers' own error does not say why
-        return config, rest
-
-    ours.by_fewbit = True  # type: ignore[attr-defined]
-    patched: Any = ours
-    cls._get_config_dict = classmethod(patched)
+    """Replace the method of transformers that reads a config file."""
+    if hasattr(configuration_utils.PreTrainedConfig, "_get_config_dict"):
+        replace(configuration_utils.PreTrainedConfig, "_get_config_dict", _get_config_dict)
 
 
 register()

@@ -6,13 +6,15 @@ module is imported.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import tokenization_auto
 
+from fewbit.models.patching import replace
 from fewbit.models.plugin.patch_gguf_config import gguf_file, named
+
+_CLASSES = (tokenization_auto.AutoTokenizer, PreTrainedTokenizerFast)
 
 # Arguments that say where the files are and which class reads them. All others go to the tokenizer.
 _LOADING = {
@@ -40,31 +42,21 @@ _LOADING = {
 }
 
 
-def _put_before(cls: Any) -> None:
-    theirs = cls.from_pretrained
-    if hasattr(theirs, "by_fewbit") and "from_pretrained" in vars(cls):
-        return
-    inner = getattr(theirs, "__func__", None)
+def _from_pretrained(theirs: Any, kind: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
+    # Subclasses read files themselves.
+    file = named(name, kwargs, "*token*", "vocab*", "*.model") if kind in _CLASSES else None
+    if file and (found := gguf_file(name, file, kwargs)) is not None:
+        from fewbit.models.gguf.tokenizer import to_tokenizer
 
-    @wraps(theirs)
-    def ours(kind: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
-        # Subclasses read files themselves.
-        file = named(name, kwargs, "*token*", "vocab*", "*.model") if kind is cls else None
-        if file and (found := gguf_file(name, file, kwargs)) is not None:
-            from fewbit.models.gguf.tokenizer import to_tokenizer
-
-            return to_tokenizer(found, **{key: value for key, value in kwargs.items() if key not in _LOADING})
-        return inner(kind, name, *args, **kwargs) if inner is not None else theirs(name, *args, **kwargs)
-
-    ours.by_fewbit = True  # type: ignore[attr-defined]
-    cls.from_pretrained = classmethod(ours)
+        return to_tokenizer(found, **{key: value for key, value in kwargs.items() if key not in _LOADING})
+    return theirs(kind, name, *args, **kwargs)
 
 
 def register() -> None:
-    """Wrap the method of both classes."""
-    _put_before(tokenization_auto.AutoTokenizer)
-    _put_before(PreTrainedTokenizerFast)
+    """Replace the method of both classes."""
+    for cls in _CLASSES:
+        replace(cls, "from_pretrained", _from_pretrained)
 
 
 register()

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.models.auto import processing_auto
 
 from fewbit.errors import PlanError
+from fewbit.models.patching import replace
 from fewbit.models.plugin.patch_gguf_config import LOCATING, named
 
 if TYPE_CHECKING:
@@ -31,32 +31,24 @@ def with_tower(name: Any, options: Any) -> Source | None:
     return found if found.mmproj is not None else None
 
 
+def _from_pretrained(theirs: Any, kind: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
+    if (found := with_tower(name, kwargs)) is None:
+        return theirs(kind, name, **kwargs)
+    if others := [key for key in sorted(kwargs.keys() - _IDLE) if not key.startswith("_")]:
+        raise PlanError(
+            f"AutoProcessor makes the processor of {name} from GGUF files, without {', '.join(others)}",
+            "Set it on the processor, such as processor.tokenizer.padding_side = 'left', or put "
+            "preprocessor_config.json beside the tower's file.",
+        )
+    from fewbit.models import images
+
+    return images.load_processor(found)
+
+
 def register() -> None:
-    """Wrap the method. The tokenizer is that of a model alone: one that `gguf_file` names, or without a tower."""
-    cls: Any = processing_auto.AutoProcessor
-    theirs = cls.from_pretrained
-    if hasattr(theirs, "by_fewbit"):
-        return
-    inner = theirs.__func__
-
-    @wraps(inner)
-    def ours(kind: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
-        if (found := with_tower(name, kwargs)) is None:
-            return inner(kind, name, **kwargs)
-        if others := [key for key in sorted(kwargs.keys() - _IDLE) if not key.startswith("_")]:
-            raise PlanError(
-                f"AutoProcessor makes the processor of {name} from GGUF files, without {', '.join(others)}",
-                "Set it on the processor, such as processor.tokenizer.padding_side = 'left', or put "
-                "preprocessor_config.json beside the tower's file.",
-            )
-        from fewbit.models import images
-
-        return images.load_processor(found)
-
-    ours.by_fewbit = True  # type: ignore[attr-defined]
-    patched: Any = ours
-    cls.from_pretrained = classmethod(patched)
+    """Replace the method. The tokenizer is that of a model alone: one that `gguf_file` names, or without a tower."""
+    replace(processing_auto.AutoProcessor, "from_pretrained", _from_pretrained)
 
 
 register()

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from fewbit import hook
+from fewbit.models.patching import replace
 from fewbit.nn.fused import packed_linears
 
 
@@ -23,38 +23,24 @@ def _origin(model: Any) -> Path | None:
     return found
 
 
-def _describing(theirs: Any) -> Any:
-    """Wrap transformers' `save_pretrained` (`theirs`). An upload is described by `_naming`."""
-
-    @wraps(theirs)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        writes = args[0] if args else kwargs.get("is_main_process", True)
-        origin = _origin(self) if writes and not kwargs.get("push_to_hub") else None
-        if origin is None:
-            return theirs(self, save_directory, *args, **kwargs)
-        with hook.saved().described(self, Path(save_directory), origin):
-            return theirs(self, save_directory, *args, **kwargs)
-
-    save_pretrained.by_fewbit = True  # type: ignore[attr-defined]
-    return save_pretrained
+def _save_pretrained(theirs: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """Describe what is written. An upload is described by `_upload`."""
+    writes = args[0] if args else kwargs.get("is_main_process", True)
+    origin = _origin(self) if writes and not kwargs.get("push_to_hub") else None
+    if origin is None:
+        return theirs(self, save_directory, *args, **kwargs)
+    with hook.saved().described(self, Path(save_directory), origin):
+        return theirs(self, save_directory, *args, **kwargs)
 
 
-def _naming(theirs: Any) -> Any:
-    """Wrap `_upload_modified_files` (`theirs`): the card names the repository."""
-
-    @wraps(theirs)
-    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, PreTrainedModel) and (origin := _origin(self)) is not None:
-            hook.saved().describe_upload(self, Path(working_dir), origin, repo_id, kwargs.get("token"))
-        return theirs(self, working_dir, repo_id, *args, **kwargs)
-
-    upload.by_fewbit = True  # type: ignore[attr-defined]
-    return upload
+def _upload(theirs: Any, self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Name the repository in the card."""
+    if isinstance(self, PreTrainedModel) and (origin := _origin(self)) is not None:
+        hook.saved().describe_upload(self, Path(working_dir), origin, repo_id, kwargs.get("token"))
+    return theirs(self, working_dir, repo_id, *args, **kwargs)
 
 
 def register() -> None:
-    """Patch `PreTrainedModel`, once."""
-    model: Any = PreTrainedModel
-    if not hasattr(model._upload_modified_files, "by_fewbit"):
-        model.save_pretrained = _describing(model.save_pretrained)
-        model._upload_modified_files = _naming(model._upload_modified_files)
+    """Replace both methods."""
+    replace(PreTrainedModel, "save_pretrained", _save_pretrained)
+    replace(PreTrainedModel, "_upload_modified_files", _upload)

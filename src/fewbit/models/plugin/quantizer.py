@@ -45,6 +45,7 @@ from fewbit.models import as_read, experts, foreign, parallel, scales, stacking
 from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
+from fewbit.models.patching import replace
 from fewbit.models.plugin import (
     apart,
     checks,
@@ -71,7 +72,7 @@ from fewbit.models.plugin.modules import (
     untie,
 )
 from fewbit.models.plugin.on_load import QuantizeOnLoad
-from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
+from fewbit.models.plugin.serving import dispatched, own_loader, requested_kernel, supports
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
@@ -476,11 +477,8 @@ def register() -> None:
     for method in _methods():
         if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
-    quantizers: Any = auto.AutoHfQuantizer
-    if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
-        quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
-    if not hasattr(quantizers.from_config, "by_fewbit"):
-        quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, _methods())
+    replace(auto.AutoHfQuantizer, "supports_quant_method", supports)
+    replace(auto.AutoHfQuantizer, "from_config", dispatched(FewbitQuantizer, _methods()))
     own = (patch_adapters, patch_dtype, patch_fp8, patch_outputs, patch_embeddings, patch_saving)
     for each in (*own, compressed_tensors, modelopt):
         each.register()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -53,38 +52,29 @@ def requested_tower() -> Path | None:
     return _tower.get()
 
 
-def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -> Any:
-    """Wrap `AutoHfQuantizer.from_config` (`theirs`). Inside `serving`, `ours` makes the quantizer instead if the
-    quantization method is in `methods`."""
-    inner = theirs.__func__
+def dispatched(ours: Callable[..., Any], methods: Container[str]) -> Callable[..., Any]:
+    """In place of `AutoHfQuantizer.from_config`. Inside `serving`, `ours` makes the quantizer if the quantization
+    method is in `methods`."""
 
-    @wraps(inner)
-    def from_config(cls: Any, quantization_config: Any, **kwargs: Any) -> Any:
+    def from_config(theirs: Any, cls: Any, quantization_config: Any, **kwargs: Any) -> Any:
         if own_loader():
             if isinstance(quantization_config, dict):
                 quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
             method = quantization_config.quant_method
             if str(getattr(method, "value", method)) in methods:
                 return ours(quantization_config, **kwargs)
-        return inner(cls, quantization_config, **kwargs)
+        return theirs(cls, quantization_config, **kwargs)
 
-    patched: Any = from_config
-    patched.by_fewbit = True
-    return classmethod(patched)
+    return from_config
 
 
-def checked(theirs: Any) -> Any:
-    """Wrap transformers' `supports_quant_method` (`theirs`): first raise an error for a config fewbit cannot read."""
-
-    def supports(config: Any) -> bool:
-        found = getattr(config, "to_dict", lambda: config)()
-        foreign.check(found)
-        supported = bool(theirs(config))
-        method = str(found.get("quant_method"))
-        # transformers would load the model without its quantized weights.
-        if not supported and foreign.by_transformers(method):
-            raise foreign.unread(method)
-        return supported
-
-    supports.by_fewbit = True  # type: ignore[attr-defined]
-    return supports
+def supports(theirs: Any, config: Any) -> bool:
+    """In place of `AutoHfQuantizer.supports_quant_method`: first raise an error for a config fewbit cannot read."""
+    found = getattr(config, "to_dict", lambda: config)()
+    foreign.check(found)
+    supported = bool(theirs(config))
+    method = str(found.get("quant_method"))
+    # transformers would load the model without its quantized weights.
+    if not supported and foreign.by_transformers(method):
+        raise foreign.unread(method)
+    return supported
