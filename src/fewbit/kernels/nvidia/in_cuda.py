@@ -60,7 +60,7 @@ def _split(x: Tensor, n: int, tiles: int, sizes: Sizes) -> tuple[tuple[int, int,
     room, cluster = _multiprocessors(x.device) * sizes.resident, max(sizes.cluster, 1)
     if not sizes.many:
         return (min(-(-n // rows), room), over, 1), []
-    room //= cluster
+    room = max(1, room // cluster)
     pieces = -(-n // (rows * sizes.warps * cluster))
     if sizes.cluster:  # a block takes pieces of different rows of x one after another
         pieces, over = pieces * over, 1
