@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import fewbit
-from fewbit.api import compare
+from fewbit.api import compare, compare_worker
 from fewbit.errors import FormatError, OutputError, PlanError
 from fewbit.measure.comparison import Comparison, Event
 from tests import models
@@ -164,6 +167,31 @@ def test_a_report_that_finds_no_room_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="could not be written: Not a directory") as raised:
         compare.write(compared, tmp_path / "file" / "out")
     assert "reuses all measurements" in raised.value.hint
+
+
+@pytest.mark.parametrize("full", ["fewbit.api.compare_worker.write_file", "os.posix_fallocate"])
+def test_predictions_that_find_no_room_are_named(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rooms for hidden states and for logits, which are mapped: a disk that is full then would end the process."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def model(input_ids: Any, **_: Any) -> Any:
+        shape = (*input_ids.shape, 8)
+        return SimpleNamespace(hidden_states=[torch.zeros(shape)] * 3, logits=torch.ones(shape))
+
+    original: Any = model
+    original.device = torch.device("cpu")
+    source: Any = SimpleNamespace(config={"vocab_size": 8})
+    task = {"reference": str(tmp_path / "made" / "logits"), "device": "cpu", "trust_remote_code": False}
+    windows = torch.ones(2, 5, dtype=torch.int64)
+    with monkeypatch.context() as here:
+        here.setattr(full, fail)
+        with pytest.raises(OutputError, match=f"cannot write to the cache {tmp_path}.*: No space left on device"):
+            compare_worker._reference(task, source, original, windows, lambda done: None)
+    assert not [file for file in (tmp_path / "made").iterdir() if file.name.startswith(".")]
+    recorded, states = compare_worker._reference(task, source, original, windows, lambda done: None)
+    assert (states.shape, recorded.logits.tolist()) == ((2, 5, 8), torch.ones(2, 5, 8).tolist())
 
 
 def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ float32 on a CPU as in `fewbit evaluate`: it then shows the error of the weights
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewbit.api import quantize as api_quantize
+from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.measure import comparison, memory, quality, speed
 from fewbit.measure.comparison import Peak, Timing
 from fewbit.models.decoding.generate import continue_text, prompt_ids
@@ -30,6 +32,7 @@ from fewbit.models.source import Source, locate
 from fewbit.nn import choose
 from fewbit.plans import plan as plans
 from fewbit.system import timing
+from fewbit.system.cache import writing
 from fewbit.system.processes import OnMessage, serve
 from fewbit.texts import calibration
 
@@ -163,13 +166,15 @@ def _reference(
     if not 0 < 4 * prod(shape) <= _MOST_RECORDED:
         whole = loaded()
         return whole, _states(whole, windows)
-    place, states = Path(task["reference"]), Path(task["reference"] + ".states")
+    place, states = Path(task["reference"]), Path(task["reference"] + ".safetensors")
     if not (place.exists() and states.exists()):
-        place.parent.mkdir(parents=True, exist_ok=True)
         whole, made = loaded(), place.with_name(f".{place.name}.{secrets.token_hex(6)}")
-        torch.save(_states(whole, windows), made)
-        made.rename(states)
+        drifting = _states(whole, windows)
         try:
+            with writing(place.parent):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_file(states, {"states": drifting})
+                _allocate(made, 4 * prod(shape))
             record = torch.from_file(str(made), shared=True, size=prod(shape), dtype=torch.float32).view(shape)
             with torch.inference_mode():
                 for i, tokens in enumerate(windows):
@@ -179,7 +184,15 @@ def _reference(
         finally:
             made.unlink(missing_ok=True)
     record = torch.from_file(str(place), shared=False, size=prod(shape), dtype=torch.float32).view(shape)
-    return quality.Recorded(record), torch.load(states, weights_only=True)
+    return quality.Recorded(record), read_file(states)[0]["states"]
+
+
+def _allocate(path: Path, nbytes: int) -> None:
+    """Make a file of zeros. OSError if the disk is full: later, writing to the mapped pages would end the process."""
+    with path.open("wb") as file:
+        file.truncate(nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
 
 
 def _states(model: Any, windows: Tensor) -> Tensor:
