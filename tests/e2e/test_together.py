@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
 import fewbit
+from fewbit.errors import PlanError
 from fewbit.kernels.nvidia import operators
 from fewbit.models.decoding import continuous, operations
 from fewbit.models.decoding.choosing import Choosing, drawn
@@ -300,6 +302,18 @@ def test_an_error_frees_the_graphs(here: pytest.MonkeyPatch, wanted: list[News])
         until(lambda: made.ready)
         same(answers(made, ASKED), wanted)
         assert made._together._made
+
+
+def test_an_engine_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(manager: Any) -> None:
+        raise RuntimeError("no pages")
+
+    model = fewbit.load("tiny", dtype=torch.float32, device="cpu")
+    before = [*model._forward_pre_hooks, *model._forward_hooks]
+    monkeypatch.setattr(ContinuousBatchingManager, "warmup", fail)
+    with pytest.raises(PlanError, match=r"cannot be served.*no pages"):
+        Engine(model, 160, 8, None)
+    assert [*model._forward_pre_hooks, *model._forward_hooks] == before
 
 
 def test_steps_do_not_use_cudnn() -> None:

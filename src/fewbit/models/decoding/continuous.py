@@ -137,7 +137,7 @@ class Engine:
             self._manager = owner.init_continuous_batching(
                 GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
             )
-            self._scoring = Scoring(self._manager.model, self._requests)
+            self._scoring = Scoring(self._requests)
             listed, choosing = _Processors(self._scoring.begin), _Choosing(self._requests, processors, self.ends)
             listed.logits_processor.append(choosing)
             listed.tensors_required, listed.do_processing = 1, True
@@ -162,6 +162,7 @@ class Engine:
             self._manager.start()
         self._watcher = threading.Thread(target=self._watch, name="fewbit-engine-watcher")
         self._watcher.start()
+        self._scoring.attach(self._manager.model)  # last: an engine that fails to start leaves no hooks
 
     def _steps(self, whole: Callable[[Any, bool], bool]) -> Callable[[Any, bool], bool]:
         """transformers' step, `whole`, and the quicker ones where they serve."""

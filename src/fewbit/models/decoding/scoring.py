@@ -40,10 +40,14 @@ class _Span:
 class Scoring:
     """Fills `scores` of the requests that have them."""
 
-    def __init__(self, model: Any, requests: Mapping[str, Scored]) -> None:
-        """model: the one that the engine computes. requests: by their names."""
+    def __init__(self, requests: Mapping[str, Scored]) -> None:
+        """requests: by their names."""
         self._requests, self._spans, self._new, self._kept = requests, list[_Span](), 0, False
         self._cache: Any = None
+        self._hooks: tuple[Any, ...] = ()
+
+    def attach(self, model: Any) -> None:
+        """Add hooks to the model that the engine computes."""
         self._hooks = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
