@@ -192,6 +192,8 @@ LIGHT: list[tuple[int, str]] = [
     (2, "push missing org/name"),
     (2, "push tiny org/name"),
     (2, "push other org/name --report there"),
+    (2, "estimate 7B --plan nf4"),
+    (2, "estimate 7B --context 8"),
     (3, "recommend tiny --for edge --report missing"),
     (2, "recommend tiny --for edge --memory much"),
     (2, "run -- no-such-command"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewbit.advise import rules
+from fewbit.advise import precision, rules
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Json, printed
 from fewbit.errors import PlanError
@@ -32,13 +32,14 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Compute the bytes and memory of every plan for MODEL, and which GPUs hold it, from its config alone."""
+    if precision.parameters(model) is not None:
+        for name, value in (("plan", plan), ("context", context)):
+            if value is not None:
+                raise PlanError(f"`{name}={value}` is given with a size", "Give a model, or leave it out.")
     from fewbit.api import advise
     from fewbit.report import advice
 
     if (sizes := advise.estimate_size(model)) is not None:
-        for name, value in (("plan", plan), ("context", context)):
-            if value is not None:
-                raise PlanError(f"`{name}={value}` is given with a size", "Give a model, or leave it out.")
         printed(asdict(sizes)) if as_json else advice.precision(sizes)
         return
     done = advise.estimate(
