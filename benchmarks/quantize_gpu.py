@@ -1,6 +1,7 @@
 """Where the time and memory of quantizing a Llama-3-8B-shaped random model on a GPU go: seconds of each stage.
 
 python benchmarks/quantize_gpu.py [--layers 3] [--samples 128] [--length 2048] [--plans gptq-4bit awq-4bit nf4 q4_k_m]
+    [--tokens-at-once 2048]
 
 The model has 8B's widths and vocabulary and so many of its 32 blocks; weights are random (normal, std 0.02), tokens
 too. The GPU is waited for at each border of a stage, so that its time is charged to the stage that asked for it: the
@@ -37,7 +38,7 @@ from fewbit.pipeline import blocks as pipeline_blocks
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline import write_folder, write_gguf
-from fewbit.pipeline.capture import Inputs
+from fewbit.pipeline.capture import Inputs, tokens_at_once
 from fewbit.pipeline.job import Job
 from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine
@@ -166,6 +167,7 @@ def watch(clock: Clock) -> None:
     clock.watch(BlockCall, "run", "forward and replay")
     clock.watch(Stats, "add", "statistics")
     clock.watch(pipeline_blocks, "rewrite", "rewriting (AWQ's search)")
+    clock.watch(gptq, "moved", "targets")
     clock.watch(gptq, "inverse_factor", "Cholesky and inverse")
     clock.watch(gptq, "feed_back", "column loop")
     clock.watch(gptq, "descend", "refinement: descent")
@@ -201,6 +203,8 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )
+    at_once = args.tokens_at_once or tokens_at_once(job.settled.skeleton, job.settled.resolved.assignments.values())
+    inputs = Inputs(tokens if job.settled.need > Need.NOTHING else None, tokens_at_once=at_once)
     run = pipeline_run.Run(f"benchmark-{name}", str(folder), f"blocks quantized by {name}")
     laps: list[dict[str, float]] = []
     ends = [time.perf_counter()]
@@ -216,9 +220,7 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     with run:
         for old in run.files():
             old.unlink()
-        reports = pipeline_blocks.quantize_blocks(
-            job.settled, Inputs(tokens if job.settled.need > Need.NOTHING else None), run, progress
-        )
+        reports = pipeline_blocks.quantize_blocks(job.settled, inputs, run, progress)
         quantized = time.perf_counter()
         if job.single_file:
             config = job.settled.skeleton.config
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--plans", nargs="+", default=["gptq-4bit", "awq-4bit", "nf4", "q4_k_m-rtn"])
+    parser.add_argument("--tokens-at-once", type=int, help="tokens of a batch; default: as `fewbit quantize` chooses")
     parser.add_argument("--untimed", action="store_true", help="no waits at the borders of stages")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

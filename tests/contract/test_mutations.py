@@ -82,10 +82,10 @@ class Mutation:
     new: str
 
     def apply(self, patch: pytest.MonkeyPatch) -> None:
-        source = textwrap.dedent(inspect.getsource(inspect.getattr_static(self.owner, self.name)))
+        found = inspect.getattr_static(self.owner, self.name)
+        source = textwrap.dedent(inspect.getsource(found))
         assert self.old in source, f"{self.name} no longer has {self.old!r}: bring this table up to date"
-        module = self.owner.__name__ if inspect.ismodule(self.owner) else self.owner.__module__
-        scope = dict(vars(sys.modules[module]))
+        scope = dict(vars(sys.modules[found.__module__]))
         exec("from __future__ import annotations\n" + source.replace(self.old, self.new), scope)
         patch.setattr(self.owner, self.name, scope[self.name])
 
@@ -347,7 +347,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_descent("q3_k"),
     ),
     "ggml: panels blind to those before": (
-        [Mutation(blockwise, "refit", "gradient[:, panel.stop :] -=", "gradient[:, panel.stop :] -= 0 *")],
+        [Mutation(blockwise, "refit", "panel.stop :], alpha=-1)", "panel.stop :], alpha=0)")],
         lambda: check_last("q3_k"),
     ),
     "ggml: d not refitted": (
@@ -366,7 +366,10 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "an eager update past the panel": (
         [
             Mutation(
-                gptq, "feed_back", "rest[stop:].addmm_", "rest[start:].addmm_(factor.T, errors), rest[stop:].addmm_"
+                gptq,
+                "feed_back",
+                "add_halves(rest[stop:],",
+                "rest[start:].addmm_(factor.T, errors), add_halves(rest[stop:],",
             )
         ],
         lambda: check_definition("int4-g16", 160, True),

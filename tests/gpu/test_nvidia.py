@@ -195,6 +195,39 @@ def test_products_that_overlap_in_a_graph(rows: int) -> None:
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["launched", "graphs"])
+@pytest.mark.parametrize("rows", [12, 40, 100, 300, 1000])
+def test_products_on_two_streams_at_once(rows: int, recorded: bool) -> None:
+    """Kernels that run at the same time do not share what they wait for, and do not wait for each other."""
+    weights = rolled(6, 1040, 2048)
+    layers = [QLinear(2048, 1040, None).adopt(weight, torch.bfloat16) for weight in weights]
+    inputs = [torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    with torch.no_grad():
+        expected = [[layer(x) for layer in layers] for x in inputs]
+        torch.cuda.synchronize()
+        graphs, outputs = [], []
+        for x in inputs if recorded else ():
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                outputs.append([layer(x) for layer in layers])
+        for _ in range(30):
+            for number, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    if recorded:
+                        graphs[number].replay()
+                    else:
+                        outputs.append([layer(inputs[number]) for layer in layers])
+            torch.cuda.synchronize()
+            for got, wanted in zip(outputs, expected, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+            for each in outputs if recorded else ():
+                for got in each:
+                    got.zero_()
+            outputs = outputs if recorded else []
+            torch.cuda.synchronize()
+
+
 def test_the_operator_is_one_that_pytorch_can_compile() -> None:
     from fewbit.kernels.nvidia import ops
 

@@ -141,13 +141,17 @@ def test_a_group_of_experts_runs_these_experts_only() -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_experts_on_a_gpu_get_many_tokens_at_once(tmp_path: Path) -> None:
-    model = skeleton_of(locate(architectures.save(tmp_path / "model", "qwen3_moe")), "cpu", False)
+@pytest.mark.parametrize(("family", "most"), [("llama", 8192), ("qwen3_moe", 32768)])
+def test_a_gpu_gets_many_tokens_at_once(family: str, most: int, tmp_path: Path) -> None:
+    model = skeleton_of(locate(architectures.save(tmp_path / "model", family)), "cpu", False)
     plain, rewritten = (Settled.of(model, find(p)).resolved.assignments.values() for p in ("gptq-4bit", "awq-4bit"))
     assert capture.tokens_at_once(model, plain) == 2048
     model.device = torch.device("cuda")
-    assert capture.tokens_at_once(model, plain) == 32768
+    assert capture.tokens_at_once(model, plain) == most
     assert capture.tokens_at_once(model, rewritten) == 2048
+
+
+def test_half_as_many_windows_are_in_a_batch_once_memory_is_out() -> None:
     tokens = torch.zeros(128, 2048, dtype=torch.int64)
     assert Inputs(tokens, tokens_at_once=32768).at_once == 16
     assert Inputs(tokens, tokens_at_once=32768).halved().at_once == 8

@@ -42,6 +42,7 @@ from fewbit.methods.base import Choice, Method, in_compute_dtype, option
 from fewbit.methods.sweep.choose import sweep_for
 from fewbit.methods.sweep.definition import PANEL
 from fewbit.methods.targets import moved
+from fewbit.products import add_halves
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.schemes.stacked import unstack
@@ -222,13 +223,15 @@ def remaining_importance(inverse: Tensor, order: Tensor) -> Tensor:
 def _inverted(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, in place, one panel of columns at a time.
 
-    The solution for a panel is zero above it, so the columns left of it do not matter. They are passed to the solver
-    all the same: a slice of the matrix would be copied first.
+    The solution for a panel is zero above it, so the columns left of it do not matter. On a CPU they are passed to the
+    solver all the same: a slice of the matrix would be copied first. A GPU copies faster than it solves.
     """
     for start in range(0, len(lower), _WIDE):
-        unit = torch.zeros_like(lower[:, start : start + _WIDE])
-        unit[start:].diagonal().fill_(1)
-        lower[start:, start : start + _WIDE] = torch.linalg.solve_triangular(lower, unit, upper=False)[start:]
+        first = start if lower.is_cuda else 0
+        unit = torch.zeros_like(lower[first:, start : start + _WIDE])
+        unit[start - first :].diagonal().fill_(1)
+        solved = torch.linalg.solve_triangular(lower[first:, first:], unit, upper=False)
+        lower[start:, start : start + _WIDE] = solved[start - first :]
     return lower
 
 
@@ -246,7 +249,7 @@ def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> tuple[
         stop = min(start + PANEL, k)
         factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
         errors = sweep.feed_back(start, stop, rest[start:stop], factor[:, : stop - start])
-        rest[stop:].addmm_(factor[:, stop - start :].T, errors, alpha=-1)
+        add_halves(rest[stop:], factor[:, stop - start :].T, errors, alpha=-1)
     return codes.T.contiguous(), sweep.chosen
 
 
@@ -262,7 +265,7 @@ def descend(
     codes = codes.T.clone(memory_format=torch.contiguous_format)  # of a single row, `contiguous` is no copy
     values = grids.decode(codes.T).T.contiguous()
     errors = w.T - values
-    gradient = (hessian @ errors).add_(errors, alpha=ridge)  # [K, N]
+    gradient = add_halves(errors * ridge, hessian, errors)  # [K, N]
     del errors
     gradient = gradient[order]
     sweep, k = sweep_for(grids, codes, order, run), len(order)
@@ -272,5 +275,5 @@ def descend(
         inner = rows[:, : stop - start]
         inner.diagonal().add_(ridge)
         moves = sweep.descend(start, stop, gradient[start:stop], inner, values)
-        gradient[stop:].addmm_(rows[:, stop - start :].T, moves, alpha=-1)
+        add_halves(gradient[stop:], rows[:, stop - start :].T, moves, alpha=-1)
     return codes.T.contiguous(), sweep.chosen

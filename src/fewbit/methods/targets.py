@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fewbit.lazy import Tensor, torch
+from fewbit.products import in_tf32
 from fewbit.stats import Shift
 
 
@@ -33,7 +34,8 @@ def moved(weights: Sequence[Tensor], shift: Shift, targets: Sequence[float], dam
         if not target:
             found.append((w, 0.0))
             continue
-        fit, held_out = w @ shift.fit.to(w.dtype), w @ shift.held_out.to(w.dtype)
+        with in_tf32(w.device):
+            fit, held_out = w @ shift.fit.to(w.dtype), w @ shift.held_out.to(w.dtype)
         step = torch.cholesky_solve(fit.T, factor).T
         gain = float((fit * step).sum())
         reliable = float((held_out * step).sum()) / gain if gain > 0 else 0.0

@@ -31,11 +31,12 @@ from fewbit.pipeline.run import Run, TensorReport
 from fewbit.pipeline.settled import Settled
 from fewbit.pipeline.staged import staged
 from fewbit.plans.plan import Assignment
+from fewbit.products import in_tf32
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks, threads
 
-_ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head that are quantized at a time
+_ENTRIES = {"cpu": 1 << 22}  # of a weight that are measured, or of embeddings or head that are quantized, at a time
 
 
 def quantize_blocks(
@@ -306,7 +307,7 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
     alike = Stats.from_mean_square(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
     own: dict[int, tuple[QTensor, Lost, list[str]]] = {}
-    entries = _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24)
+    entries = _ENTRIES.get(skeleton.device.type, 1 << 24)
     pieces = chunk_rows(*assignment.shape, entries, assignment.scheme.rows or 1)
     assignment = replace(assignment, scheme=assignment.scheme.for_all(stored[rows] for rows in pieces))
     for number, rows in enumerate(pieces):
@@ -399,14 +400,14 @@ def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | Non
     if stats is None or stats.need < Need.HESSIAN or stats.is_empty:
         return Lost(*scheme.lost(weight, quantized.parts))
     lost = Lost()
-    for rows in chunk_rows(*quantized.shape, 1 << 22):
+    for rows in chunk_rows(*quantized.shape, _ENTRIES.get(weight.device.type, 1 << 24)):
         part = weight[rows].float()
         values = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows)
         gone = vanished(scheme, part, values)
         error = values.sub_(part)
-        lost += Lost(
-            float((error @ stats.hessian).mul_(error).sum()), float((part @ stats.hessian).mul_(part).sum()), gone
-        )
+        with in_tf32(part.device):
+            of_error, whole = ((each @ stats.hessian).mul_(each).sum() for each in (error, part))
+        lost += Lost(float(of_error), float(whole), gone)
     return lost
 
 

@@ -31,8 +31,11 @@ STRENGTH = 4  # n0 of `Pools`, in multiples of the number of columns
 # Tokens of the text that is compared with the original model, but at least a quarter of the windows. The other windows
 # do not run with the original weights, which takes as long as all the rest.
 _COMPARED = 16384
-_TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
-# On a GPU, launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
+_TOKENS_AT_ONCE = 2048  # enough to keep two cores busy, small beside the statistics
+# With 2048, running and measuring a block of 8B's widths takes 1.29 s on an H200, with 8192 0.91 s
+# (benchmarks/quantize_gpu.py, 128 x 2048 tokens).
+_TOKENS_ON_GPU = 8192
+# Launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
 # took 11.5 s with 2048 tokens at once, 2.8 s with 16384 (benchmarks/experts.py, 128 x 2048 tokens).
 _TOKENS_FOR_EXPERTS = 32768
 
@@ -103,8 +106,9 @@ class Block:
 
 def tokens_at_once(skeleton: Skeleton, assignments: Iterable[Assignment] = ()) -> int:
     """The number of tokens in a batch. A rewrite (AWQ) searches on one batch at least, which must be small."""
-    many = skeleton.device.type == "cuda" and experts.are_separate(skeleton.model)
-    return _TOKENS_FOR_EXPERTS if many and not any(a.method.rewrites for a in assignments) else _TOKENS_AT_ONCE
+    if skeleton.device.type != "cuda" or any(a.method.rewrites for a in assignments):
+        return _TOKENS_AT_ONCE
+    return _TOKENS_FOR_EXPERTS if experts.are_separate(skeleton.model) else _TOKENS_ON_GPU
 
 
 def captured(

@@ -22,6 +22,7 @@ from typing import ClassVar, Self, TypeAlias
 from fewbit import registry
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
+from fewbit.products import add_halves
 from fewbit.schemes.plain import Plain as Plain
 from fewbit.schemes.plain import Uneven as Uneven
 from fewbit.schemes.plain import Uniform as Uniform
@@ -379,7 +380,7 @@ def refit_scales(
     def summed(x: Tensor) -> Tensor:  # over the rows that share a scale
         return x if rows == 1 else torch.nn.functional.pad(x, (0, -n % rows)).view(-1, rows).sum(1)
 
-    gradient = (error @ hessian).add_(error, alpha=ridge)
+    gradient = add_halves(error * ridge, error, hessian)
     del error
     for g in range(scale.shape[1]):
         columns = slice(g * group, (g + 1) * group)
@@ -395,7 +396,7 @@ def refit_scales(
         moved = moved if rows == 1 else moved.repeat_interleave(rows)[:n]
         level *= moved.unsqueeze(1)
         # The gradient of earlier groups is no longer needed.
-        gradient[:, columns.stop :].addmm_(level, hessian[columns, columns.stop :], alpha=-1)
+        add_halves(gradient[:, columns.stop :], level, hessian[columns, columns.stop :], alpha=-1)
     return scale
 
 

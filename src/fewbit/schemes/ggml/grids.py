@@ -13,6 +13,7 @@ from itertools import product
 from typing import TypeVar
 
 from fewbit.lazy import Tensor, torch
+from fewbit.products import add_halves
 from fewbit.schemes.base import ALL, Columns, Grids, Plain, Uneven, Uniform
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
@@ -178,8 +179,8 @@ def refit(w: Tensor, codes: Tensor, grids: G, hessian: Tensor, ridge: float) -> 
     Blocks are processed in panels of columns; the gradient beyond a panel is updated once per panel.
     """
     kind, k = grids.kind, w.shape[1]
-    gradient = (error := w - grids.decode(codes)) @ hessian
-    gradient.add_(error, alpha=ridge)
+    error = w - grids.decode(codes)
+    gradient = add_halves(error * ridge, error, hessian)
     del error
     dtype, width = gradient.dtype, max(kind.columns, _PANEL)
     d, dmin = grids.d.to(dtype, copy=True), None if grids.dmin is None else grids.dmin.to(dtype, copy=True)
@@ -204,7 +205,7 @@ def refit(w: Tensor, codes: Tensor, grids: G, hessian: Tensor, ridge: float) -> 
             if dmin is not None:
                 down = torch.full_like(up, -1) if m is None else -_spread(m, first, kind)
             _solve(state, here, up, down, (d, dmin), block, (half, half))
-        gradient[:, panel.stop :] -= state.moves @ hessian[panel, panel.stop :]
+        add_halves(gradient[:, panel.stop :], state.moves, hessian[panel, panel.stop :], alpha=-1)
     sc, m = (None if x is None else x.to(torch.int16) for x in (sc, m))
     return replace(grids, d=d, dmin=dmin, sc=sc, m=m)
 
