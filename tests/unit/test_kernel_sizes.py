@@ -96,12 +96,31 @@ def test_weights_use_the_sizes_of_their_kind(scheme: str, kinds: tuple[str, ...]
     assert {sizes.measured(recipe(spec)) for spec in (scheme, *kinds)} == {scheme}
 
 
-@pytest.mark.parametrize(("spec", "most"), [("int4-g128", 2048), ("nf4-b64", 2048), ("q4_k", 512), ("fp8-row", 512)])
-def test_from_how_many_rows_on_weights_are_dequantized(spec: str, most: int) -> None:
-    for hopper, end in ((True, most), (False, 256)):
+@pytest.mark.parametrize(
+    ("most", "specs"),
+    [
+        (2048, ["int4-g128", "int2-g64-sym", "int3-g128", "nvfp4", "mxfp4"]),
+        (1024, ["nf4-b64", "nf4-b64-dq", "iq4_xs"]),
+        (512, ["q4_k", "q6_k", "fp8-row", "int8-g128", "int5-g128", "int6-g128"]),
+    ],
+)
+def test_from_how_many_rows_on_weights_are_dequantized(most: int, specs: list[str]) -> None:
+    for spec, (hopper, end) in product(specs, ((True, most), (False, 256))):
         ranges = sizes.built_in(recipe(spec), hopper)
         assert sizes.within(ranges, end)
         assert not sizes.within(ranges, end + 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "n", "tall"),
+    [("int4-g128", 1024, 128), ("q4_k", 4096, 128), ("q4_k", 8192, 256), ("nf4-b64", 28672, 256), ("q2_k", 28672, 128)],
+)
+def test_few_blocks_share_a_piece_of_a_weight(spec: str, n: int, tall: int) -> None:
+    for m in (33, 64):
+        own = built_in(spec, n, m)
+        assert own is not None
+        assert own.cluster
+        assert 16 * own.of_w * own.warps == tall
 
 
 @pytest.mark.parametrize("own", dict.fromkeys(each for _, several in sizes.HOPPER for each in several if each.cluster))
@@ -238,7 +257,7 @@ def test_a_file_of_something_else_is_not_used(changed: dict[str, Any], word: str
     path.write_text(json.dumps(held), encoding="utf-8")
     sizes.tuned.cache_clear()
     assert sizes.tuned(GPU) == f"{path} is not used: it was measured with another {word}"
-    assert ops.choose(64, 4096, 4096, INT4, GPU) == (ops.CUDA, 8, 2, 8, 1, 1, 1)
+    assert ops.choose(64, 8192, 4096, INT4, GPU) == (ops.CUDA, 8, 2, 8, 1, 1, 1)
 
 
 def _put(*keys: Any) -> Callable[[Any, Any], None]:

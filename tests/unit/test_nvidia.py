@@ -129,7 +129,7 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     assert ops.choose(256, 4096, 4096, how, CUDA) == (ops.CUDA, 8, 2, 16, 1, 1, 0)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
     monkeypatch.setattr(in_cuda, "hopper", lambda device: True)
-    for rows, of_w, of_x, cluster in ((64, 2, 8, 1), (65, 1, 16, 1), (129, 1, 24, 2), (2048, 1, 32, 2)):
+    for rows, of_w, of_x, cluster in ((64, 1, 8, 1), (65, 1, 16, 1), (129, 1, 24, 2), (2048, 1, 32, 2)):
         assert ops.choose(rows, 4096, 4096, how, CUDA) == (ops.CUDA, 8, of_w, of_x, 1, 1, cluster)
     assert ops.choose(2049, 4096, 4096, how, CUDA) == (ops.VALUES,)
 

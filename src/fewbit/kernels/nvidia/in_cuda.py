@@ -24,6 +24,7 @@ _PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory for the level tab
 _STAGES = 3  # tiles of x that `many` keeps in shared memory
 _EVEN = 0.93  # the smallest share of the GPU's block slots for which an even split is preferred over using all slots
 _LEAST = 4  # fewest tiles of W for which `many` starts a block, and `hopper` a cluster
+_SHARERS = 4  # blocks of `hopper` that share a piece, beyond which their partial sums cost more than smaller pieces
 _FETCHING = 4  # warps of a block of `hopper` that do not multiply; one of them fetches x
 
 
@@ -184,10 +185,15 @@ def hopper(device: torch.device) -> bool:
 
 
 def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
-    """The share of the GPU's block slots that n rows of W fill in the rounds they need; 1 for more than two rounds."""
+    """The share of the GPU's block slots that n rows of W fill in the rounds they need; 1 for more than two rounds.
+
+    `hopper` fills all slots, if up to `_SHARERS` of its blocks share a piece.
+    """
+    room = _multiprocessors(device) * sizes.resident
+    if sizes.cluster:
+        return min(1.0, _SHARERS * -(-n // (16 * sizes.of_w * sizes.warps)) / room)
     if sizes.many:
         return 1.0
-    room = _multiprocessors(device) * sizes.resident
     rounds = -(-n // (16 * sizes.of_w)) / room
     return rounds / math.ceil(rounds) if rounds <= 2 else 1.0
 

@@ -43,16 +43,19 @@ H200: Ranges = (
 # The same for Hopper, whose copy engine brings x into shared memory; for fewer rows the kernels above are faster.
 HOPPER: Ranges = (
     *H200[:3],
-    (64, (Sizes(8, 2, 8, 1, 1, 1),)),
+    (64, (Sizes(8, 2, 8, 1, 1, 1), Sizes(8, 1, 8, 1, 1, 1))),
     (128, (Sizes(8, 1, 16, 1, 1, 1),)),
     (192, (Sizes(8, 1, 24, 1, 1, 2),)),
     (256, (Sizes(8, 1, 32, 1, 1, 2),)),
     (384, (Sizes(8, 1, 24, 1, 1, 2),)),
     (512, (Sizes(8, 1, 32, 1, 1, 2),)),
-    (2048, (Sizes(8, 1, 32, 1, 1, 2),)),  # unless decoding is `costly`
+    (1024, (Sizes(8, 1, 32, 1, 1, 2),)),  # these two if `most` allows
+    (2048, (Sizes(8, 1, 32, 1, 1, 2),)),
 )
 # The same for up to 8 rows of x and weights of FP4, which take more instructions.
 _FP4 = (8, (Sizes(8, 1, 1, 3), Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2)))
+# The same for up to 64 rows and weights of 2 bits in groups of 16, for which two tiles a warp take too many registers.
+_TWO_BITS = (64, (Sizes(8, 1, 8, 1, 1, 1),))
 _FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
 
 ENDS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)  # the most rows of each range that is measured
@@ -62,15 +65,27 @@ MOST = 3  # sizes of a range
 
 def built_in(how: Recipe, hopper: bool) -> Ranges:
     """The sizes that were measured on an H200."""
-    found = HOPPER if hopper else H200
-    if hopper and costly(how):
-        found = found[:-1]
+    found = tuple(each for each in HOPPER if each[0] <= most(how)) if hopper else H200
+    if hopper and how.bits == 2 and how.sub == 16:
+        found = tuple(_TWO_BITS if each[0] == 64 else each for each in found)
     return (_FP4, *found[1:]) if how.level == E2M1 else found
 
 
 def costly(how: Recipe) -> bool:
     """Whether numbers are computed in float32: codes of 8 bits, groups of 16 columns, and groups with a minimum."""
     return how.low == 8 or how.sub == 16 or how.offset in (MINIMUM, SUPER_MINIMUM)
+
+
+def most(how: Recipe) -> int:
+    """The most rows for which the kernel for Hopper is faster than cuBLAS with the dequantized weight.
+
+    µs for 1024 and 2048 rows on 8192 x 8192, in the kernel and dequantized: int4-g128 205 and 418, 234 and 430; nf4-b64
+    221 and 448, 223 and 422; iq4_xs 204 and 453, 235 and 410; int6-g128 237 and 472, 229 and 450; int5-g128 254 and
+    489, 226 and 408.
+    """
+    if costly(how) or (how.low == 4 and how.bits > 4):
+        return 512
+    return 1024 if how.level == TABLE else 2048
 
 
 def candidates(rows: int, hopper: bool) -> tuple[Sizes, ...]:

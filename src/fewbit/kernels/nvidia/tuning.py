@@ -153,11 +153,13 @@ class _Scheme:
 
 
 def _lists(several: Sequence[Sizes], rows: int) -> Iterator[tuple[Sizes, ...]]:
-    """What a range may have. Sizes of `many.cu` fill any GPU, so none after them would be used."""
+    """What a range may have. Sizes of `many.cu` are full for any weight, so none after them would be used."""
     if sizes.dequantizes(rows):
         yield ()
     for count in range(1, sizes.MOST + 1):
-        yield from (chosen for chosen in permutations(several, count) if not any(each.many for each in chosen[:-1]))
+        yield from (
+            chosen for chosen in permutations(several, count) if not any(each.kernel == "many" for each in chosen[:-1])
+        )
 
 
 class _Clock:
