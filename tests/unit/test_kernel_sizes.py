@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
@@ -123,15 +124,25 @@ def test_few_blocks_share_a_piece_of_a_weight(spec: str, n: int, tall: int) -> N
         assert 16 * own.of_w * own.warps == tall
 
 
+def of_hopper(name: str, argument: str) -> Callable[[int, int, int], int]:
+    """A function of `argument`, total and clusters, as `hopper.cu` has it."""
+    text = Path(in_cuda.__file__).with_name("hopper.cu").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"const auto {name} = \[&\]\(int {argument}\) {{ return (.*); }};", text)
+    found = found.replace("(int)", "").replace("(long)", "").replace("/", "//")
+    made: Callable[[int, int, int], int] = eval(f"lambda {argument}, total, clusters: {found}")
+    return made
+
+
 @pytest.mark.parametrize("own", dict.fromkeys(each for _, several in sizes.HOPPER for each in several if each.cluster))
 @pytest.mark.parametrize("multiprocessors", [1, 2, 16, 79, 114, 132])
 def test_clusters_find_those_that_share_a_piece(
     own: Sizes, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs of tiles, as in `hopper.cu`. A run without tiles would be waited for, and a block outside the GPU too."""
+    """Runs of tiles. A run without tiles would be waited for, and a block outside the GPU too."""
     monkeypatch.setattr(in_cuda, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(in_cuda, "_done", lambda device, count: None)
     rows, tall = 8 * own.of_x, 16 * own.of_w * own.warps
+    start, owner = of_hopper("start", "block"), of_hopper("owner", "at")
     for m, n, tiles in product((1, 300, 2048), (16, 4099, 28672), (1, 3, 64)):
         (blocks, *others), (left, _) = in_cuda._split(torch.empty(m, 0, device="meta"), n, tiles, own)
         assert isinstance(left, torch.Tensor)
@@ -139,10 +150,11 @@ def test_clusters_find_those_that_share_a_piece(
         assert (blocks % own.cluster, others) == (0, [1, 1])
         assert blocks <= max(multiprocessors * own.resident, own.cluster)
         assert left.numel() == blocks * tall * rows
-        starts = [total * cluster // clusters for cluster in range(clusters + 1)]
+        starts = [start(cluster, total, clusters) for cluster in range(clusters + 1)]
+        assert (starts[0], starts[-1]) == (0, total)
         assert all(begin < end for begin, end in pairwise(starts))
         owners = [cluster for cluster, (begin, end) in enumerate(pairwise(starts)) for _ in range(begin, end)]
-        assert owners == [((at + 1) * clusters - 1) // total for at in range(total)]
+        assert owners == [owner(at, total, clusters) for at in range(total)]
 
 
 def test_nothing_changes_where_the_built_in_sizes_are_fastest() -> None:
