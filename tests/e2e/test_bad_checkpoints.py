@@ -72,6 +72,27 @@ def configure(folder: Path, **values: Any) -> None:
 # --- What is not whole, or contradicts itself ---
 
 
+@pytest.fixture
+def original(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """An unquantized copy to break."""
+    return Path(shutil.copytree(folders["original"], tmp_path / "original"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--temperature", "1"), ("--chat",)])
+def test_generate_reports_logits_that_are_not_a_number(original: Path, flags: tuple[str, ...], fewbit: Fewbit) -> None:
+    (original / "chat_template.jinja").write_text(models.CHAT, encoding="utf-8")
+    assert fewbit("generate", original, "The weight", *flags).code == 0
+    change(original, lambda name, t: t.index_fill(0, torch.tensor([3]), torch.nan) if "layers.1.mlp.up" in name else t)
+    check(fewbit("generate", original, "The weight", *flags), 4, "infinite or not a number", "may be damaged")
+
+
+def test_a_text_of_token_0_is_no_error(original: Path, fewbit: Fewbit) -> None:
+    """The token of a row of NaN, here from weights without a fault."""
+    change(original, lambda name, t: t.zero_() if "norm" in name else t)
+    answer = fewbit("generate", original, "The weight", "--max-new-tokens", 2)
+    assert (answer.code, "2 tokens" in answer.err) == (0, True), answer.err
+
+
 def test_a_missing_shard(folder: Path, fewbit: Fewbit) -> None:
     lost = sorted(set(shard(folder).values()))[1]
     (folder / lost).unlink()

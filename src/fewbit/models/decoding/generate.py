@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from fewbit.brief import brief
-from fewbit.errors import KernelError, PlanError
+from fewbit.errors import KernelError, NumericsError, PlanError
 from fewbit.models.decoding.attention import growing_texts
 from fewbit.models.decoding.decode import Decoder
 from fewbit.models.decoding.exclusive import exclusive
@@ -30,6 +30,7 @@ _KEPT = (
 
 _AT_ONCE = {"cpu": 32}  # texts that `written` makes at a time; on a GPU 256, as a step takes as long for one
 _GREEDY = Sampling()
+_CHECKED = 64  # tokens that `_check_finite` reads
 _random = Lock()
 
 
@@ -157,6 +158,32 @@ def _seeded(sampling: Sampling) -> Iterator[None]:
         yield
 
 
+def _not_finite() -> NumericsError:
+    return NumericsError("the model computed logits that are infinite or not a number", "Its weights may be damaged.")
+
+
+@contextmanager
+def _sampled() -> Iterator[None]:
+    """NumericsError in place of PyTorch's error on a CPU for sampling from logits that are not finite."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise _not_finite() from None
+
+
+def _check_finite(model: Any, new: Tensor) -> None:
+    """NumericsError if a model that wrote the tokens `new` [1, n] computes NaN. `generate` itself does not say so.
+
+    It takes token 0 then, the first maximum of a row of NaN. If 0 ends a text, the text is empty and looks right.
+    """
+    if int(new[0, -1]) == 0:
+        logits = model(new[:, -_CHECKED:]).logits[0, -1]
+        if not logits.amax().isfinite():  # the maximum of a row with NaN is NaN
+            raise _not_finite()
+
+
 def continue_text(
     model: Any,
     tokenizer: Any,
@@ -195,14 +222,16 @@ def continue_ids(
     clock = _Clock(shown)
     try:
         with _seeded(sampling), torch.inference_mode(), _one_text(model):
-            out = model.generate(
-                ids,
-                **{"attention_mask": torch.ones_like(ids), **more},
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad[0] if isinstance(pad, list) else pad,
-                streamer=clock,
-                **sampling.options(),
-            )
+            with _sampled():
+                out = model.generate(
+                    ids,
+                    **{"attention_mask": torch.ones_like(ids), **more},
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=pad[0] if isinstance(pad, list) else pad,
+                    streamer=clock,
+                    **sampling.options(),
+                )
+            _check_finite(model, out[:, ids.shape[1] :])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -239,7 +268,8 @@ def written(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> T
         while left:
             ids = torch.full((min(rows, left), 1), first, dtype=torch.int64, device=model.device)
             try:
-                out = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options, **sampling.options())
+                with _sampled():
+                    out = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options, **sampling.options())
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
