@@ -93,6 +93,22 @@ def test_a_text_of_token_0_is_no_error(original: Path, fewbit: Fewbit) -> None:
     assert (answer.code, "2 tokens" in answer.err) == (0, True), answer.err
 
 
+def test_a_checkpoint_that_is_not_whole_gets_a_hint(original: Path, fewbit: Fewbit) -> None:
+    whole = (original / WEIGHTS).read_bytes()
+    (original / WEIGHTS).write_bytes(whole[:-100])
+    check(fewbit("generate", original, "The"), 3, "not a valid safetensors file", "Get it again.")
+    (original / WEIGHTS).write_bytes(whole)
+    tensors = load_file(original / WEIGHTS)
+    save_file({n: t for n, t in tensors.items() if "1.mlp.up" not in n}, original / WEIGHTS, metadata={"format": "pt"})
+    check(fewbit("generate", original, "The"), 3, "1 tensors are missing", "the download is incomplete")
+    (original / WEIGHTS).write_bytes(whole)
+    lost = sorted(set(shard(original).values()))[1]
+    (original / lost).unlink()
+    check(fewbit("generate", original, "The"), 3, lost, "The download is incomplete.")
+    (original / "empty.gguf").touch()
+    check(fewbit("inspect", original / "empty.gguf"), 3, "it is empty", "Get it again.")
+
+
 def test_a_missing_shard(folder: Path, fewbit: Fewbit) -> None:
     lost = sorted(set(shard(folder).values()))[1]
     (folder / lost).unlink()

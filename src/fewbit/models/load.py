@@ -26,6 +26,7 @@ from fewbit.models.gguf import towers
 from fewbit.models.loading import Loading, need_peft
 from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
+from fewbit.models.skeleton import INCOMPLETE
 from fewbit.models.source import Source
 from fewbit.nn import choose
 from fewbit.system import ranks
@@ -112,7 +113,7 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         raise FormatError(
             f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
-            foreign.by_transformers(method),
+            foreign.by_transformers(method) or INCOMPLETE,
         )
     assert isinstance(model, PreTrainedModel)
     model.eval()

@@ -36,6 +36,8 @@ from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 from fewbit.system.files import read_json
 
+INCOMPLETE = "The weights belong to another config.json, or the download is incomplete."
+
 Shape = tuple[int, int]
 
 
@@ -438,7 +440,7 @@ class Skeleton:
             raise FormatError(
                 f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
                 f"{'' if fused is None else f' ({fused}, which could hold it, is missing too)'}",
-                "The weights belong to another config.json, or the download is incomplete."
+                INCOMPLETE
                 if (named := classes.other_class(self.config, self.model)) is None
                 else f"config.json says that the weights are of {named}. fewbit quantizes models that generate text, "
                 f"and builds {type(self.model).__name__} for this config.",

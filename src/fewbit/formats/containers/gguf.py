@@ -175,7 +175,9 @@ class _Part:
                 # Copy on write: a write to a weight must neither crash the process nor change the file.
                 self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path}: {'it is empty' if isinstance(error, ValueError) else error}") from None
+            if isinstance(error, ValueError):
+                raise FormatError(f"{path}: it is empty", DAMAGED) from None
+            raise FormatError(f"{path}: {error}") from None
         self.metadata: dict[str, Any] = {}
         tensors, keys = self._preamble()
         for number in range(keys):

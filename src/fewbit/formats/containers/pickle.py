@@ -33,7 +33,7 @@ def files_in(folder: Path) -> list[Path]:
             raise FormatError(f"{folder / _INDEX} is not a valid index of shards: {error!r}") from None
         missing = [name for name in names if Path(str(name)).name != name or not (folder / str(name)).is_file()]
         if missing:
-            raise FormatError(f"{folder / _INDEX} names {missing[0]!r}, which is not in {folder}")
+            raise FormatError(f"{folder / _INDEX} names {missing[0]!r}, which is not in {folder}", safetensors.LACKING)
         return [folder / name for name in names]
     return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
 

@@ -33,6 +33,8 @@ from fewbit.system.publish import RECORD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DAMAGED = "The file is damaged or incomplete. Get it again."
+LACKING = "The download is incomplete. Get the missing file."
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 CARD, ORIGINAL_CARD = "README.md", "README-original.md"  # a folder's model card, and the one of its original
 _NOT_CARRIED = (CARD, RECORD, "fewbit.scales")
@@ -171,7 +173,7 @@ def read_specs(file: Path) -> dict[str, PartSpec]:
             return specs
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise FormatError(f"{file} ({size:,} bytes) is not a valid safetensors file: {error}") from None
+        raise FormatError(f"{file} ({size:,} bytes) is not a valid safetensors file: {error}", _DAMAGED) from None
 
 
 def files_in(folder: Path, name: str | None = None) -> list[Path]:
@@ -191,7 +193,7 @@ def files_in(folder: Path, name: str | None = None) -> list[Path]:
     files = [folder / str(name) for name in names]
     for name, file in zip(names, files, strict=True):
         if Path(str(name)).name != name or not file.is_file():
-            raise FormatError(f"{index} names {name!r}, which is not in {folder}")
+            raise FormatError(f"{index} names {name!r}, which is not in {folder}", LACKING)
     return files
 
 
