@@ -114,6 +114,14 @@ def test_a_model_without_vision_takes_no_images(tmp_path: Path, picture: Path, f
     assert "Leave out --image" in done.err
 
 
+def test_a_model_without_vision_needs_no_pillow_to_say_so(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match="takes no images"):
+        package.generate(models.save(tmp_path / "llama", "llama"), "The weight", images=[picture])
+
+
 def test_files_that_are_no_images_are_named(llava: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

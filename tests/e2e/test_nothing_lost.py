@@ -51,6 +51,12 @@ def test_a_model_that_came_as_a_pickle_is_not_overwritten(model: Path) -> None:
     assert (model / "pytorch_model.bin").is_file()
 
 
+def test_a_file_in_place_of_a_parent_is_not_an_output(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match="out cannot be created: Not a directory"):
+        quantize.quantize(model, tmp_path / "file" / "out", plan="rtn-4bit")
+
+
 def test_an_old_output_comes_back_if_the_new_one_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -187,7 +187,7 @@ def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str, monke
 def test_what_a_gptq_file_cannot_mix_is_refused_in_words() -> None:
     with pytest.raises(PlanError, match=r"int4-g64, int4-g64-sym"):
         resolve(plan_of(Rule("*.mlp.*", "int4-g64-sym"), Rule("*", "int4-g64")), SHAPES)
-    with pytest.raises(PlanError, match=r"together: these need one scheme, not int4-g64 and int8-g64"):
+    with pytest.raises(PlanError, match=r"together: these need one scheme, not int4-g64 and int8-g64\nGive these"):
         resolve(plan_of(Rule("*.up_proj", "int8-g64"), Rule("*", "int4-g64")), GATED)
 
 

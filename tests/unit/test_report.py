@@ -286,14 +286,14 @@ def test_a_preview(shown: io.StringIO) -> None:
         ("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567),
         ("model.norm.weight", "unquantized (bfloat16)", 128),
     ]
-    report_text.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
+    report_text.preview(Preview("gptq-4bit", "gptq", ["a note on `fit=8`"], tensors, 5_000_000, 1_234_695, 0.99))
     text = shown.getvalue()
     for words in (
         "gptq-4bit",
         "model.q.weight",
         "1,234,567",
         "unquantized",
-        "note: a note",
+        "note: a note on --fit 8",
         "5,000,000 bytes become 1,234,695",
     ):
         assert words in text

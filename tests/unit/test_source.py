@@ -257,6 +257,15 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tiny" in refusal.value.hint
 
 
+def test_a_gguf_file_that_is_not_there_is_called_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("No connection.")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises(PlanError, match=r"model out/model\.gguf: no such file here"):
+        source.locate("out/model.gguf")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "distilbert-base-uncased", "openai-community/gpt2"])
 def test_a_hub_name_needs_no_owner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []

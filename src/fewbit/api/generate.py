@@ -141,6 +141,6 @@ def _asked(
     """The token ids [1, n] of a prompt, and what the model takes besides."""
     if not (files := arguments.images("images", images or ())):
         return prompt_ids(tokenizer, prompt, chat=chat), {}
-    pictures, processor = pixels.read(files), pixels.load_processor(source, trust_remote_code=trust_remote_code)
-    beside = pixels.inputs(processor, prompt, pictures, source.config, chat=chat)
+    processor = pixels.load_processor(source, trust_remote_code=trust_remote_code)
+    beside = pixels.inputs(processor, prompt, pixels.read(files), source.config, chat=chat)
     return beside["input_ids"].long(), beside

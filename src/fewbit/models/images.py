@@ -27,8 +27,7 @@ _NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_con
 def read(files: Sequence[Any]) -> list[Any]:
     """The images in these files as RGB; objects of pillow stay. PlanError without pillow, or for a file that it cannot
     read."""
-    if find_spec("PIL") is None:
-        raise PlanError("images need the package pillow", "pip install pillow")
+    _check_pillow()
     from PIL import Image  # an extra
 
     found = []
@@ -46,6 +45,11 @@ def read(files: Sequence[Any]) -> list[Any]:
     return found
 
 
+def _check_pillow() -> None:
+    if find_spec("PIL") is None:
+        raise PlanError("images need the package pillow", "pip install pillow")
+
+
 def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's processor. PlanError if the model takes no images, or if a package is missing; FormatError if the
     processor is missing or cannot be read."""
@@ -61,6 +65,7 @@ def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if (cls := classes.model_class(config)) is not None and not _takes_images(cls):
         raise PlanError(f"{source.name} is a {cls.__name__}, which takes no images", "Leave out `images`.")
+    _check_pillow()
     try:
         made: Any = AutoProcessor.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a processor is code of the model's author

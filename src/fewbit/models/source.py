@@ -357,8 +357,9 @@ def _as_plan_error(name: str) -> Iterator[None]:
         unreached = isinstance(error, LocalEntryNotFoundError)
         failed = "Hub could not be reached" if unreached else "download from the Hub failed"
         near = [] if "/" in name else registry.close(name, (EMBEDDED, DEMO))
+        sought = "file" if name.endswith(".gguf") else "folder"
         raise PlanError(
-            f"model {name}: no such folder here, and the {failed}: {reason.removeprefix('Got: ')}",
+            f"model {name}: no such {sought} here, and the {failed}: {reason.removeprefix('Got: ')}",
             f"Did you mean {near[0]}?"
             if near
             else f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",

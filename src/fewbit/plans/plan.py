@@ -391,7 +391,7 @@ def resolve(
         wanted, suited = _suit(wanted, format, dtype)
         notes += suited
     if wanted and (reason := format.why_not_together(list(wanted.values()), kept)):
-        raise PlanError(reason, "Use one scheme for all tensors, or another format.")
+        raise PlanError(reason, "Give these one scheme, or use another format.")
     if plan.activations is not None:
         notes.append("servers may round activations too; all that fewbit measures is with activations in 16 bits")
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):

@@ -37,6 +37,11 @@ def _say(line: str) -> None:
     tables.say(out, line)
 
 
+def _say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(f"note: {in_flags(note)}")
+
+
 def interval(estimate: Interval, digits: int = 3, percent: bool = False) -> tuple[str, str]:
     """The value, and its 95 % interval."""
     style = ".2%" if percent else f".{digits}g"
@@ -66,8 +71,7 @@ def _unquantized(done: Quantized | Preview) -> tuple[str, str] | None:
 
 def quantized(done: Quantized) -> None:
     """What `fewbit quantize` prints when it is finished."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     fallbacks = [(t.module, note) for t in done.tensors for note in t.notes]
     for note, count in Counter(note for _, note in fallbacks).items():
         first = next(module for module, n in fallbacks if n == note)
@@ -108,8 +112,7 @@ def converted(done: Converted) -> None:
         _say("Quantized again. The loss below is measured against the input, which was quantized already.")
         evaluation(done.evaluation)
         return
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     count, kinds = sum(done.schemes.values()), " and ".join(done.schemes)
     unchanged = f"{count} weights as {kinds} with their codes and scales unchanged" if count else "unquantized weights"
     _say(
@@ -120,15 +123,13 @@ def converted(done: Converted) -> None:
 
 def measured(done: Measured) -> None:
     """What `fewbit imatrix` prints when it is finished."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     _say(f"{done.out}: importances of {done.entries:,} tensors over {done.tokens:,} tokens of {done.text}.")
 
 
 def finetuned(done: Finetuned) -> None:
     """What `fewbit finetune` prints when it is finished."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     table = grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
     table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} trained tokens")
     table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
@@ -145,8 +146,7 @@ def finetuned(done: Finetuned) -> None:
 
 def tuned(done: Tuned) -> None:
     """What `fewbit tune` prints when it is finished."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     table = grid(f"{done.out}, tuned from {done.model}", "", "", "", numbers=(1,))
     table.add_row("KL divergence, before", f"{done.before:.4g}", f"from {done.reference}, in nats per token")
     change = f"{done.after / done.before - 1:+.1%}" if done.before else ""
@@ -168,8 +168,7 @@ def tuned(done: Tuned) -> None:
 
 def pushed(done: Pushed) -> None:
     """What `fewbit push` prints."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     if done.url:
         _say(f"{done.url}: {len(done.files)} files, {size(sum(done.files.values()))}.")
         return
@@ -182,8 +181,7 @@ def pushed(done: Pushed) -> None:
 
 def merged(done: Merged) -> None:
     """What `fewbit merge` prints when it is finished."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     if done.quantized is not None:
         quantized(done.quantized)
     onto = f"added to {done.base}" if done.base else "added to the dequantized weights (without a base model)"
@@ -226,8 +224,7 @@ def preview(shown: Preview) -> None:
     for name, what, nbytes in shown.tensors:
         table.add_row(name, what, f"{nbytes:,}")
     out.print(table)
-    for note in shown.notes:
-        _say(f"note: {note}")
+    _say_notes(shown.notes)
     if rest := _unquantized(shown):
         _say(f"Unquantized: {rest[0]} ({rest[1]}).")
     _say(
@@ -239,8 +236,7 @@ def preview(shown: Preview) -> None:
 
 def evaluation(done: Evaluation) -> None:
     """What `fewbit evaluate` prints."""
-    for note in done.notes:
-        _say(f"note: {note}")
+    _say_notes(done.notes)
     q, i = done.quality, done.inspection
     against = f" against {done.reference}" if done.reference else ""
     title = (

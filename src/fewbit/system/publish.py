@@ -84,7 +84,9 @@ def _is_taken(place: Path) -> bool:
     except FileNotFoundError:
         return False
     except NotADirectoryError:
-        return True
+        if os.path.lexists(place):
+            return True
+        raise  # a parent is a file
 
 
 def named(out: str | Path) -> Path:
@@ -117,7 +119,8 @@ def check_not_lost(out: Path, *needed: str | Path) -> None:
     """PlanError if replacing `out` would delete one of the `needed` paths."""
     for place in needed:
         if Path(place).resolve().is_relative_to(out.resolve()):
-            raise PlanError(f"{out} contains {place}, which would be lost", ANOTHER)
+            what = "is an input of this command" if Path(place).resolve() == out.resolve() else f"contains {place}"
+            raise PlanError(f"{out} {what}, which would be lost", ANOTHER)
 
 
 # What the running verb has claimed: the claims, which end with it, and their paths.

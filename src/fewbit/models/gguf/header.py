@@ -53,7 +53,7 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     return {**positions.extra_tensors(config), **kinds.extra_tensors(config, names.architecture(config))}
 
 
-OTHER = "Use a plan for another format, such as w4a16 or gptq-4bit."
+OTHER = "Use another format: a plan such as w4a16 or gptq-4bit, or, to convert, `to=compressed-tensors`."
 
 
 @contextmanager
