@@ -260,7 +260,7 @@ def test_a_taken_port_is_an_error_before_the_model_is_loaded(fewbit: Fewbit, tmp
         (("--max-num-seqs", "0"), "--max-num-seqs 0"),
         (("--max-body", "much"), "--max-body 'much'"),
         (("--kernel", "nope"), "unknown kernel"),
-        (("--max-model-len", "2000000000"), "are free for them"),
+        (("--max-model-len", "513"), "--max-model-len 513 is beyond the model's context of 512 tokens"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
     ],
 )
@@ -268,6 +268,12 @@ def test_bad_flags_are_refused(arguments: tuple[str, ...], words: str, fewbit: F
     done = fewbit("serve", "tiny", "--port", "0", *arguments)
     assert done.code == 2
     assert words in done.err
+
+
+def test_keys_and_values_beyond_the_memory_are_refused(tmp_path: Path, fewbit: Fewbit) -> None:
+    folder = models.save(tmp_path / "model", "llama", max_position_embeddings=2_000_000_000)
+    done = fewbit("serve", folder, "--port", "0", "--max-model-len", "2000000000")
+    assert (done.code, "are free for them" in done.err) == (2, True), done.err
 
 
 def test_a_model_that_cannot_be_served_says_why(tmp_path: Path, fewbit: Fewbit) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import models
 from tests.served import HELLO, Served, ask, raw, said, scripted, served
 
 openai = pytest.importorskip("openai")
@@ -49,7 +50,8 @@ def server(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for place in model.glob("chat_template*"):
         place.unlink()
     (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    with served(model, max_model_len=1024) as made:
+    models.edit_json(model / "config.json", max_position_embeddings=1024)
+    with served(model) as made:
         yield made
 
 

@@ -119,16 +119,19 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     """`model`, loaded, and an engine that waits for requests. Someone must stop it."""
     from fewbit.models.decoding.choosing import settings_of
     from fewbit.models.decoding.continuous import Engine
+    from fewbit.models.decoding.decode import checked_length
     from fewbit.serving.service import Service
 
     loading = replace(loading, device=machine.placed(loading.device))
-    source = locate(model)
+    source, length = locate(model), serving.max_model_len
+    if length is not None:
+        checked_length(length, source.stated_context, f"`max_model_len={length}`")
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     loaded = load_model(source, loading, for_text=True)
     if loaded.device.type == "cuda" and loading.adapter is None and decoded.is_packed(source):
         fusing.fuse(loaded)  # a GPU waits for Python's launches, and there are fewer
     free = machine.free_memory(loaded.device)
-    engine = Engine(loaded, serving.max_model_len, serving.max_num_seqs, free)
+    engine = Engine(loaded, length, serving.max_num_seqs, free)
     return Service(
         engine,
         tokenizer,
