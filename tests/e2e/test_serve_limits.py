@@ -56,6 +56,25 @@ def test_bodies_that_are_refused(path: str, body: bytes, server: Served) -> None
     assert "\n" not in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        (b'"stop":[1]', "stop.0"),
+        (b'"stop":1', "stop"),
+        (b'"tool_choice":"x"', "tool_choice"),
+        (b'"response_format":{}', "response_format.type"),
+        (b'"messages":[{"role":"user","content":[{"type":"text"}]}]', "messages.0.content.0.text"),
+        (b'"messages":[{"content":"hi"}]', "messages.0.role"),
+    ],
+)
+def test_an_error_names_the_place_as_the_client_wrote_it(fields: bytes, where: str, server: Served) -> None:
+    """A value of several types has a place for each type in pydantic's error, such as stop.constrained-str."""
+    status, answer = raw(server, "/v1/chat/completions", CHAT + fields + b"}")
+    assert status == 400
+    assert answer["error"]["message"].split(": ")[0] == where
+    assert answer["error"]["param"] == where.split(".")[0]
+
+
 def test_long_lists_are_checked_up_to_their_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of pydantic takes a minute for two million errors."""
     from pydantic import ValidationError

@@ -6,7 +6,7 @@ No endpoint stops the server, and none reads a path that a client names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -165,10 +165,12 @@ async def _by_http(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """A body that is no JSON, or in which something has the wrong type or size."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    found = [(_place(each, error.body), each) for each in error.errors()]
+    place, first = found[0]
     if first["type"] == "json_invalid":
         return failed(Failure(400, "The body is not valid JSON.", "invalid_json"))
+    # A value of several types has an error for each. The one that goes deepest is for the type that is meant.
+    place, first = max((each for each in found if each[0][:1] == place[:1]), key=lambda each: len(each[0]))
     if not place:
         # FastAPI reads no other type as JSON. A page of another site may send those without asking first.
         kind = request.headers.get("content-type", "")
@@ -176,6 +178,18 @@ async def _invalid(request: Request, error: Exception) -> Response:
         said = f"The body must be a JSON object, with the header Content-Type: application/json.{has}"
         return failed(Failure(400, said, "invalid_json"))
     return failed(Failure(400, f"{'.'.join(place)}: {first['msg']}", "invalid_value", place[0]))
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str]:
+    """The keys and indices that lead to the error. pydantic puts names of types between them."""
+    place, value = list[str](), body
+    for part in error["loc"][1:]:
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (error["type"] == "missing" and part == error["loc"][-1]):
+            place.append(str(part))
+    return place
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
