@@ -27,12 +27,14 @@ pytestmark = [
 ]
 
 
-def answered(model: Any, new: int = 60) -> tuple[Together, list[News]]:
-    """The answers of an engine to three requests at once, and how it took its steps."""
+def answered(model: Any, new: int = 60) -> tuple[list[News], bool]:
+    """The answers of an engine to three requests at once, and whether steps were replayed."""
     engine = Engine(model, 80 + new, 8, None)
     try:
         asked = [(prompt, new, Choosing(logprobs=1, ignore_eos=True)) for prompt in PROMPTS]
-        return engine._together, answers(engine, asked)
+        found, together = answers(engine, asked), engine._together
+        recorded = any(each._graph.recorded is not None for each in together._made.values())
+        return found, recorded and together._tested
     finally:
         engine.stop(finish=False)
 
@@ -45,11 +47,10 @@ def test_the_texts_of_requests_that_run_together(
     fewbit.quantize("tiny", tmp_path / "out", plan="rtn-4bit", device="cuda")
     model = fewbit.load(tmp_path / "out", dtype=dtype, device="cuda")
     fuse(model)
-    together, found = answered(model)
-    recorded(together)
+    found, replayed = answered(model)
     monkeypatch.setattr(Together, "devices", ())
-    alone, wanted = answered(model)
-    assert not alone._made
+    wanted, alone = answered(model)
+    assert (replayed, alone) == (True, False)
     assert agreeing(found, wanted) > 60
 
 
@@ -58,16 +59,10 @@ def test_windows_of_attention(family: str, tmp_path: Path, monkeypatch: pytest.M
     """Mistral has a window of 16 tokens in all layers, and Gemma 3 in some. Texts grow far beyond it."""
     folder = models.save(tmp_path / "model", family, head_dim=64)
     model = fewbit.load(folder, dtype=torch.float16, device="cuda")
-    together, found = answered(model, 40)
-    recorded(together)
+    found, replayed = answered(model, 40)
+    assert replayed
     monkeypatch.setattr(Together, "devices", ())
-    assert agreeing(found, answered(model, 40)[1]) > 40
-
-
-def recorded(together: Together) -> None:
-    """Assert that steps were replayed."""
-    assert together._tested
-    assert any(each._graph.recorded is not None for each in together._made.values())
+    assert agreeing(found, answered(model, 40)[0]) > 40
 
 
 def agreeing(found: list[News], wanted: list[News]) -> int:
