@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import fewbit
 from fewbit.api import quantize
 from fewbit.errors import PlanError
+from fewbit.models.adapters import lora
 from fewbit.models.adapters.lora import QLoraLinear
 from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.layers import QLinear
@@ -228,6 +230,16 @@ def test_pefts_own_way_to_train_packed_models(folders: tuple[Path, Path], tmp_pa
     assert model(input_ids=IDS, labels=IDS).loss.item() < 0.8 * before
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_a_second_registration_changes_nothing() -> None:
+    def replaced() -> list[Any]:
+        prepare = [vars(module)["prepare_model_for_kbit_training"] for module in (peft, peft.utils, peft.utils.other)]
+        return [LoraConfig.__post_init__, *prepare]
+
+    before = replaced()
+    lora.register()
+    assert replaced() == before
 
 
 def test_training_packed_weights_without_an_adapter_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from copy import copy
-from functools import wraps
 from typing import Any
 
 from peft.tuners.lora.config import LoraConfig
@@ -56,27 +55,25 @@ def _with_ours(theirs: Any, self: LoraConfig) -> None:
     self._register_custom_module({QLinear: QLoraLinear})
 
 
+def _prepare(theirs: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(module, (QLinear, QEmbedding)) for module in model.modules()):
+        return theirs(model, *args, **kwargs)
+    # PEFT recognizes quantized models by a flag. transformers, accelerate and PEFT import bitsandbytes when they see
+    # that flag, so it is set only during this call.
+    model.is_loaded_in_8bit = True
+    try:
+        return theirs(model, *args, **kwargs)
+    finally:
+        del model.is_loaded_in_8bit
+
+
 def register() -> None:
     """Make every `LoraConfig` wrap `QLinear` in `QLoraLinear`, and let PEFT prepare packed models for training."""
     replace(LoraConfig, "__post_init__", _with_ours)
-    theirs: Any = other.prepare_model_for_kbit_training
-
-    # PEFT recognizes quantized models by a flag. transformers, accelerate and PEFT import bitsandbytes when they see
-    # that flag, so it is set only during this call.
-    @wraps(theirs)
-    def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(module, (QLinear, QEmbedding)) for module in model.modules()):
-            return theirs(model, *args, **kwargs)
-        model.is_loaded_in_8bit = True
-        try:
-            return theirs(model, *args, **kwargs)
-        finally:
-            del model.is_loaded_in_8bit
-
-    name = "prepare_model_for_kbit_training"
+    name, theirs = "prepare_model_for_kbit_training", other.prepare_model_for_kbit_training
     for module in list(sys.modules.values()):  # modules of PEFT and others may have imported the function already
         if getattr(module, "__dict__", {}).get(name) is theirs:
-            setattr(module, name, prepared)
+            replace(module, name, _prepare)
 
 
 register()
