@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbit.products import _halves, add_halves, add_product
+from fewbit.products import _halves, add_halves, add_product, in_tf32
 
 
 def test_halves_hold_sixteen_bits() -> None:
@@ -24,3 +24,17 @@ def test_a_product_is_added_in_place(dtype: torch.dtype) -> None:
     whole[:] = 1
     assert add_halves(whole[:, 2:5], a, b, alpha=-2).data_ptr() == whole[:, 2:].data_ptr()
     torch.testing.assert_close(whole[:, 2:5], 1 - 2 * (a @ b))
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cuda", "tf32"), ("cpu", "none")])
+def test_tf32_ends_with_its_context(device: str, inside: str) -> None:
+    matmul = torch.backends.cuda.matmul
+
+    def fail() -> None:
+        assert matmul.fp32_precision == inside
+        raise ValueError("inside")
+
+    assert matmul.fp32_precision == "none"
+    with pytest.raises(ValueError, match="inside"), in_tf32(torch.device(device)):
+        fail()
+    assert matmul.fp32_precision == "none"
