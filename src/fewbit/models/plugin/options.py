@@ -63,7 +63,11 @@ _SHARED = (
         "not needed",
         "fewbit runs the model to find the modules before the blocks; a name that the model lacks is an error",
     ),
-    ("batch_size", "works", "minimum number of windows in a batch; default: as many as hold about 2048 tokens"),
+    (
+        "batch_size",
+        "works",
+        "minimum number of windows in a batch; default: as many as hold 2048 tokens, or up to 32768 on a GPU",
+    ),
     ("pad_token_id", "not needed", "all windows have the same length, so there is no padding"),
     ("max_input_length", "not needed", "size of a buffer that fewbit's kernels do not have"),
     ("meta", "works", "kept in the config when the model is saved"),
