@@ -187,7 +187,7 @@ def hopper(device: torch.device) -> bool:
 def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
     """The share of the GPU's block slots that n rows of W fill in the rounds they need; 1 for more than two rounds.
 
-    `hopper` fills all slots, if up to `_SHARERS` of its blocks share a piece.
+    Blocks of `hopper` share pieces of W. At most `_SHARERS` of them count for each piece.
     """
     room = _multiprocessors(device) * sizes.resident
     if sizes.cluster:

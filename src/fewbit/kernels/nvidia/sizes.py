@@ -77,12 +77,7 @@ def costly(how: Recipe) -> bool:
 
 
 def most(how: Recipe) -> int:
-    """The most rows for which the kernel for Hopper is faster than cuBLAS with the dequantized weight.
-
-    µs for 1024 and 2048 rows on 8192 x 8192, in the kernel and dequantized: int4-g128 205 and 418, 234 and 430; nf4-b64
-    221 and 448, 223 and 422; iq4_xs 204 and 453, 235 and 410; int6-g128 237 and 472, 229 and 450; int5-g128 254 and
-    489, 226 and 408.
-    """
+    """The most rows for which the kernel for Hopper was no slower than cuBLAS with the dequantized weight."""
     if costly(how) or (how.low == 4 and how.bits > 4):
         return 512
     return 1024 if how.level == TABLE else 2048
