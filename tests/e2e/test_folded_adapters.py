@@ -271,8 +271,9 @@ def test_a_base_without_its_scales_is_said(place: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(place / "adapter-awq", tmp_path / "adapter")
     (adapter / "fewbit.json").unlink()
     models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(foreign))
-    with pytest.warns(UserWarning, match=f"{foreign} does not record its AWQ scales"):
+    with pytest.warns(UserWarning, match=f"{foreign} does not record its AWQ scales") as seen:
         adapted(place / "unfolded", adapter)
+    assert [Path(each.filename).name for each in seen if "AWQ" in str(each.message)] == ["peft_model.py"]  # the caller
     adapted(foreign, adapter)  # this very model: nothing to say
     models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "x" / ".." / "foreign"))
     (tmp_path / "x").mkdir()
