@@ -5,7 +5,9 @@ site-packages. The environment variable `FEWBIT_CPU_LIBRARY` gives another file 
 `FEWBIT_CPU_ISA` selects an instruction set (`scalar`, `avx2`, `avxvnni`, `avx512`, `avx512vbmi`, `neon`,
 `neondot`) instead of the best one.
 
-The library runs on the threads of the OpenMP runtime that torch has loaded, so the process has one thread pool only.
+The library runs on the threads of the OpenMP runtime that torch has loaded, which it finds awake after torch's
+operations. While these get no cores, because other programs compute, it runs on threads of its own
+(`csrc/threads.cpp`).
 """
 
 from __future__ import annotations
