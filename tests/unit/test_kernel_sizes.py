@@ -88,7 +88,7 @@ def test_built_in_sizes_are_among_those_measured(spec: str, hopper: bool) -> Non
     ("scheme", "kinds"),
     [
         ("int4-g128", ("int4-g128-sym", "int3-g128", "int2-g64", "q4_0")),
-        ("q4_k", ("q6_k", "q8_0", "int8-g128", "llm.int8", "fp8-row", "int4-g16")),
+        ("q4_k", ("q6_k", "q8_0", "int8-g128", "llm.int8", "fp8-row", "int4-g16", "int5-g128", "int6-g128")),
         ("nf4-b64", ("nf4-b64-dq", "fp4-b64", "iq4_xs")),
         ("mxfp4", ("nvfp4",)),
     ],

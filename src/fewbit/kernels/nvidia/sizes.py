@@ -72,13 +72,18 @@ def built_in(how: Recipe, hopper: bool) -> Ranges:
 
 
 def costly(how: Recipe) -> bool:
-    """Whether numbers are computed in float32: codes of 8 bits, groups of 16 columns, and groups with a minimum."""
-    return how.low == 8 or how.sub == 16 or how.offset in (MINIMUM, SUPER_MINIMUM)
+    """Whether decoding takes more instructions than the kernel for Hopper can hide with many rows.
+
+    Numbers are computed in float32 (codes of 8 bits, groups of 16 columns, groups with a minimum), or codes have a high
+    plane beside 4 bits.
+    """
+    in_float32 = how.low == 8 or how.sub == 16 or how.offset in (MINIMUM, SUPER_MINIMUM)
+    return in_float32 or (how.low == 4 and how.bits > 4)
 
 
 def most(how: Recipe) -> int:
     """The most rows for which the kernel for Hopper was no slower than cuBLAS with the dequantized weight."""
-    if costly(how) or (how.low == 4 and how.bits > 4):
+    if costly(how):
         return 512
     return 1024 if how.level == TABLE else 2048
 
