@@ -26,7 +26,7 @@ inline void pause() {
 #endif
 }
 
-// Until `done()`, or until a thread that has its core has looked for AWAKE. Whether it is done.
+// Looks again and again until `done()`, for AWAKE at most. Returns whether it is done.
 template <class Done> bool looked(Done&& done) {
   const auto start = Clock::now();
   do {

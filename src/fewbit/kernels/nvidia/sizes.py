@@ -72,7 +72,7 @@ def built_in(how: Recipe, hopper: bool) -> Ranges:
 
 
 def costly(how: Recipe) -> bool:
-    """Whether decoding takes more instructions than the kernel for Hopper can hide with many rows.
+    """Whether decoding takes more instructions than that of other kinds.
 
     Numbers are computed in float32 (codes of 8 bits, groups of 16 columns, groups with a minimum), or codes have a high
     plane beside 4 bits.
