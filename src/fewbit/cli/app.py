@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import time
 import warnings
 from contextlib import nullcontext, suppress
 from types import FrameType
@@ -47,6 +48,7 @@ _TOGETHER = (*ranks.SHARED, "generate")  # commands that torchrun processes do t
 _SIGNALS = ("SIGTERM", "SIGHUP")  # Windows lacks the second
 _INTERRUPTED = (129, 130, 143)  # exit codes after SIGHUP, Ctrl-C (typer returns it) and SIGTERM
 _SHARED = (*_TOGETHER, "run")  # commands that can share work among torchrun processes
+_PATIENCE = 30.0  # seconds that rank 0 may need to print, after another process has failed
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
@@ -160,7 +162,8 @@ def _end_cleanly(arguments: list[str]) -> None:
 def _fail(arguments: list[str], message: str, hint: str, code: int, *, reported: bool = False) -> NoReturn:
     """End with an error: one or two lines on stderr and, with --json, the same as one JSON object on stdout.
 
-    reported: another process of a torchrun launch has printed the lines. Only rank 0 prints the object.
+    reported: another process of a torchrun launch prints the lines. Only rank 0 prints the object. torchrun ends all
+    processes soon after the first one ends, so the others wait for that.
     """
     if not reported:
         sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
@@ -168,6 +171,9 @@ def _fail(arguments: list[str], message: str, hint: str, code: int, *, reported:
         with suppress(BrokenPipeError):
             printed({"error": {"message": message, "hint": hint, "exit_code": code}})
             sys.stdout.flush()
+    if ranks.silent():
+        with suppress(KeyboardInterrupt):
+            time.sleep(_PATIENCE)
     sys.exit(code)
 
 
