@@ -32,13 +32,13 @@ def test_pages_that_were_read_go_and_what_is_kept_stays(tmp_path: Path) -> None:
         mapped = {name: file.get_tensor(name) for name in written}
     for tensor in mapped.values():
         tensor.sum()
-    before = memory.kept([path])
+    before = memory.pages([path])
 
     with heap.trimmed() as done_with:
         done_with([mapped["a"], mapped["a_"]], [])
         done_with([mapped["b"]], [mapped["b"][5:10]])
 
-    gone = before - memory.kept([path])
+    gone = before - memory.pages([path])
     assert 7 * MIB < gone < 9 * MIB
     for name, tensor in mapped.items():
         assert torch.equal(tensor, written[name])  # read again from the file
@@ -49,9 +49,9 @@ def test_a_checkpoint_with_an_empty_tensor_drops_its_pages(tmp_path: Path) -> No
     save_file({"a": torch.ones(8 * MIB, dtype=torch.uint8), "empty": torch.zeros(0)}, path)
     checkpoint = Checkpoint([path])
     assert int(checkpoint.get("a").sum()) == 8 * MIB
-    before = memory.kept([path])
+    before = memory.pages([path])
     checkpoint.drop_pages()
-    assert before - memory.kept([path]) > 7 * MIB
+    assert before - memory.pages([path]) > 7 * MIB
 
 
 def test_a_split_file_releases_the_metadata_of_its_first_part(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_a_split_file_releases_the_metadata_of_its_first_part(tmp_path: Path) ->
         writer.add("t", torch.ones(2 * MIB))
     first, _ = gguf_split.split(path, 9 * MIB)
     file = GgufFile(first)
-    before = memory.kept([first])
+    before = memory.pages([first])
     file.release_headers()
-    assert before - memory.kept([first]) > 3 * MIB
+    assert before - memory.pages([first]) > 3 * MIB
 
 
 def test_memory_that_belongs_to_no_file_is_left_alone() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+_MAPS = Path("/proc/self/smaps")  # proc(5): the mappings of this process with their resident bytes
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -88,19 +90,24 @@ def kept(files: Iterable[Path]) -> int:
     Library code is not counted, because it is loaded whenever it first runs. Freed memory is returned to the system
     before counting.
     """
-    if not (maps := Path("/proc/self/smaps")).exists():
+    if not _MAPS.exists():
         return 0
     gc.collect()
     with suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+    return pages(files) + now().anonymous
+
+
+def pages(files: Iterable[Path]) -> int:
+    """Resident bytes of these mapped files in this process. 0 if not available."""
     wanted, total, counts = {str(file.resolve()) for file in files}, 0, False
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines() if _MAPS.exists() else []:
         key, *rest = line.split()
         if not key.endswith(":"):  # the header line of a mapping: addresses, permissions, offset, device, inode, path
             counts = line.split(maxsplit=5)[5:] in [[path] for path in wanted]
         elif counts and key == "Rss:":
             total += int(rest[0]) * 1024
-    return total + now().anonymous
+    return total
 
 
 def forget_peak() -> None:
