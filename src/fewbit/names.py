@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fewbit.errors import FormatError, PlanError
@@ -80,6 +80,13 @@ def in_short(modules: Iterable[str]) -> str:
                 alike[parts] = []
         found = [(*k[:at], _ranges(numbers), *k[at + 1 :]) if numbers else k for k, numbers in alike.items()]
     return ", ".join(".".join(parts) for parts in found)
+
+
+def lacking(tensors: Sequence[str]) -> str:
+    """What an error says of the tensors that a file lacks, at least one."""
+    if len(tensors) == 1:
+        return f"the tensor {tensors[0]} is missing"
+    return f"{len(tensors):,} tensors are missing, the first is {tensors[0]}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -20,8 +20,17 @@ def age(seconds: float) -> str:
     """An age for display, in its largest whole unit: 12 min, 5 h, 3 days."""
     for unit, scale in (("day", 86400), ("h", 3600), ("min", 60)):
         if (count := int(seconds // scale)) >= 1:
-            return f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
+            return counted(count, unit, "" if unit == "day" else unit)
     return f"{int(seconds)} s"
+
+
+def counted(count: int, unit: str, units: str = "") -> str:
+    """A count with its unit for display: 1 token, 1,024 tokens. units: the plural, if it is not `unit` with an s.
+
+    >>> counted(1, "token"), counted(1024, "token"), counted(0, "entry", "entries")
+    ('1 token', '1,024 tokens', '0 entries')
+    """
+    return f"{count:,} {unit if count == 1 else units or unit + 's'}"
 
 
 def share(value: float) -> str:

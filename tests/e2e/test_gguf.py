@@ -285,7 +285,7 @@ def changed(path: Path, to: Path, keys: dict[str, Any], *, drop: str = "", only:
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "", "not a finite number"),
         ({"llama.context_length": -1}, "", "not an integer above 0"),
         ({"llama.rope.scaling.type": "new"}, "", "'new' is unknown"),
-        ({}, "blk.1.ffn_up.weight", "missing; the first is blk.1.ffn_up.weight"),
+        ({}, "blk.1.ffn_up.weight", "the tensor blk.1.ffn_up.weight is missing"),
         ({}, "token_embd.weight", "no matrix token_embd.weight"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "", "the merge"),
         ({"tokenizer.ggml.model": "new"}, "", "tokenizer is 'new'"),

@@ -446,7 +446,7 @@ _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("large scale", {"clip.vision.projector.scale_factor": 100}, {}, "is 100, which does not divide 4 patches"),
     ("activation", {"clip.use_gelu": False}, {}, "its activation is quick_gelu"),
     ("epsilon", {"clip.vision.attention.layer_norm_epsilon": "x"}, {}, "not a finite number"),
-    ("missing", {}, {"v.blk.1.ln1.bias": None}, r"1 tensors are missing; the first is v\.blk\.1\.ln1\.bias"),
+    ("missing", {}, {"v.blk.1.ln1.bias": None}, r"the tensor v\.blk\.1\.ln1\.bias is missing"),
     ("blocks", {"clip.vision.block_count": 20000}, {}, r"block_count is 20000, and it has tensors of 4 blocks"),
     ("fewer", {"clip.vision.block_count": 3}, {}, r"block_count is 3, and it has tensors of 4 blocks"),
     ("added", {}, {"v.blk.3.ls1.weight": torch.zeros(48)}, r"the tensor v\.blk\.3\.ls1.* has no place in a Gemma3For"),

@@ -201,7 +201,7 @@ DOWN = "model.layers.1.mlp.experts"
             None,
             rf"4 tensors are missing, the first is {DOWN}.0.down_proj.weight \({DOWN}.down_proj, which could hold it",
         ),
-        ("qwen3_moe", f"{DOWN}.2.down_proj.weight", None, rf"1 tensors are missing, the first is {DOWN}.2.down_proj"),
+        ("qwen3_moe", f"{DOWN}.2.down_proj.weight", None, rf"the tensor {DOWN}.2.down_proj.weight is missing"),
         (
             "gpt_oss",
             f"{DOWN}.down_proj",

@@ -37,7 +37,7 @@ CONV = "model.layers.0.self_attn.{}_conv1d.weight"
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"k": None}, rf"1 tensors are missing, the first is {CONV.format('k')}"),
+        ({"k": None}, rf"the tensor {CONV.format('k')} is missing"),
         ({"k": None, "q": None}, rf"2 tensors are missing, the first is {CONV.format('q')}"),
         ({"v": (slice(5),)}, rf"{CONV.format('v')} of shape \[5, 1, 4\] make one of shape .* requires \[192, 1, 4\]"),
         ({"v": (..., slice(3))}, rf"{CONV.format('v')} of shape \[64, 1, 3\] cannot be joined; config.json requires"),

@@ -21,6 +21,7 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.serving.settings import Serving
 from fewbit.system import ambient, machine
+from fewbit.units import counted
 
 if TYPE_CHECKING:
     from fewbit.serving.service import Service
@@ -49,8 +50,7 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
 
         def ending(left: int) -> None:
             if left and opened.engine.failed is None:
-                what = "1 request" if left == 1 else f"{left} requests"
-                tell(f"Waiting for {what} to finish. Ctrl-C ends the server at once.")
+                tell(f"Waiting for {counted(left, 'request')} to finish. Ctrl-C ends the server at once.")
 
         try:
             app = application(opened, serving)

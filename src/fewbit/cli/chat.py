@@ -19,6 +19,7 @@ from fewbit.errors import FewbitError, PlanError, in_flags
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.names import expanded
+from fewbit.units import counted
 
 if TYPE_CHECKING:
     from fewbit.models.decoding.chat import Conversation
@@ -120,7 +121,7 @@ class _Session:
     def _speed(self, told: Continuation) -> str:
         total, fed = self.conversation.prompt
         rate = "" if told.rate is None else f", {told.rate:.1f} tokens/s"
-        return f"[{told.tokens} tokens{rate}; {fed} of {total} prompt tokens read in {told.to_first:.2g} s]"
+        return f"[{counted(told.tokens, 'token')}{rate}; {fed} of {total} prompt tokens read in {told.to_first:.2g} s]"
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

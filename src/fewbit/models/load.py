@@ -28,6 +28,7 @@ from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.skeleton import INCOMPLETE
 from fewbit.models.source import Source
+from fewbit.names import lacking
 from fewbit.nn import choose
 from fewbit.system import ranks
 
@@ -112,7 +113,7 @@ def load_model(
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise FormatError(
-            f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            f"{source.folder}: {lacking(missing)}",
             foreign.by_transformers(method) or INCOMPLETE,
         )
     assert isinstance(model, PreTrainedModel)

@@ -33,8 +33,10 @@ from fewbit.models.linears import is_linear, is_transposed, shape_of, weight_of
 from fewbit.models.packing import Packing
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
+from fewbit.names import lacking
 from fewbit.schemes.base import PartSpec
 from fewbit.system.files import read_json
+from fewbit.units import counted
 
 INCOMPLETE = "The weights belong to another config.json, or the download is incomplete."
 
@@ -354,7 +356,7 @@ class Skeleton:
         for block, own in calls.items():
             if len(own) != len(batches):
                 kind = type(self.model).__name__
-                passes = f"{len(batches)} forward pass{'es' if len(batches) > 1 else ''}"
+                passes = counted(len(batches), "forward pass", "forward passes")
                 raise PlanError(f"{kind} runs {block} {len(own)} times in {passes}", NO_CALIBRATION)
         return hidden, calls
 
@@ -438,7 +440,7 @@ class Skeleton:
         if missing:
             fused = experts.fused_name(self.model, missing[0])
             raise FormatError(
-                f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
+                f"{self.source.folder}: {lacking(missing)}"
                 f"{'' if fused is None else f' ({fused}, which could hold it, is missing too)'}",
                 INCOMPLETE
                 if (named := classes.other_class(self.config, self.model)) is None

@@ -39,6 +39,7 @@ from fewbit.system.files import write_json
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
+from fewbit.units import counted
 
 # Files that a GGUF output does not need: it stores their content in its keys.
 _IN_GGUF = re.compile(
@@ -248,7 +249,7 @@ def _some(specs: Mapping[str, PartSpec]) -> str:
     """How many tensors, their bytes, and the names of the first."""
     named = ", ".join([*specs][:3]) + (" ..." if len(specs) > 3 else "")
     nbytes = sum(spec.nbytes for spec in specs.values())
-    return f"{len(specs)} {'tensor' if len(specs) == 1 else 'tensors'} of {nbytes:,} bytes ({named})"
+    return f"{counted(len(specs), 'tensor')} of {nbytes:,} bytes ({named})"
 
 
 def left_behind(source: Source, *, single_file: bool) -> list[str]:
@@ -274,8 +275,9 @@ def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
     """Notes on calibration settings that the text or the model's context could not satisfy."""
     notes = []
     if used is not None and (count := used["samples"]) < wanted.samples:
-        windows = f"{count} window{'' if count == 1 else 's'} of {used['length']} tokens"
-        notes.append(f"{used['text']} has {windows}, not {wanted.samples}")
+        notes.append(
+            f"{used['text']} has {counted(count, 'window')} of {counted(used['length'], 'token')}, not {wanted.samples}"
+        )
     if used is not None and used["length"] < wanted.length:
         notes.append(f"windows of {used['length']} tokens, not {wanted.length}: that is the model's context")
     return notes

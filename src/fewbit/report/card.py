@@ -16,7 +16,7 @@ from typing import Any
 from fewbit import registry
 from fewbit.formats.containers.safetensors import ORIGINAL_CARD
 from fewbit.plans.plan import PRESETS
-from fewbit.units import share, size
+from fewbit.units import counted, share, size
 
 _PLAN_BYTES = 6000  # a longer plan is only in the record
 _UNKNOWN = "not recorded"  # the name of the plan of a source that fewbit has not made
@@ -212,8 +212,8 @@ def score(value: float, stderr: float | None) -> str:
 
 def _task(each: Mapping[str, Any]) -> str:
     before = "" if each["reference"] is None else score(each["reference"], each["reference_stderr"])
-    counted = f"{each['examples']:,} examples, {each['shots']} shots"
-    return f"| {each['task']}, {each['name']}, {counted} | {score(each['value'], each['stderr'])} | {before} |"
+    tried = f"{counted(each['examples'], 'example')}, {counted(each['shots'], 'shot')}"
+    return f"| {each['task']}, {each['name']}, {tried} | {score(each['value'], each['stderr'])} | {before} |"
 
 
 def _loading(record: Mapping[str, Any], origin: Mapping[str, Any], repo: str, file: str) -> Iterator[str]:

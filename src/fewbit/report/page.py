@@ -74,7 +74,7 @@ def page(comparison: Comparison) -> str:
 def _lede(c: Comparison) -> str:
     done = sum(row.done for row in c.rows)
     failed = len(c.rows) - done
-    count = f"{done} {'plan' if done == 1 else 'plans'}" + (f" ({failed} more failed)" if failed else "")
+    count = units.counted(done, "plan") + (f" ({failed} more failed)" if failed else "")
     reused = f" The numbers of {c.reused} come from an earlier comparison." if c.reused else ""
     return (
         f"{count} for {c.architecture} with {c.parameters:,} parameters, each measured in its own process, in "
@@ -327,7 +327,7 @@ def _made(c: Comparison) -> Iterator[str]:
         ("calibrated on", _text(c.calibration) if c.calibration else "nothing: no plan needs calibration"),
         ("speed on", f"a prompt of {c.prompt_tokens:,} tokens, then {c.new_tokens:,} new ones"),
         ("model on", m.device),
-        ("CPU", f"{m.cpu}, {m.threads} {'thread' if m.threads == 1 else 'threads'}"),
+        ("CPU", f"{m.cpu}, {units.counted(m.threads, 'thread')}"),
         ("instructions", ", ".join(m.instructions)),
         ("memory", units.size(m.memory)),
         ("devices", ", ".join(m.devices)),

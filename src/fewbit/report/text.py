@@ -11,7 +11,7 @@ from fewbit.errors import in_flags
 from fewbit.report import card, tables
 from fewbit.report.card import calibrated_on
 from fewbit.system import ranks
-from fewbit.units import age, duration, share, size
+from fewbit.units import age, counted, duration, share, size
 
 if TYPE_CHECKING:
     from fewbit.advise.doctor import Hardware
@@ -124,7 +124,7 @@ def converted(done: Converted) -> None:
 def measured(done: Measured) -> None:
     """What `fewbit imatrix` prints when it is finished."""
     _say_notes(done.notes)
-    _say(f"{done.out}: importances of {done.entries:,} tensors over {done.tokens:,} tokens of {done.text}.")
+    _say(f"{done.out}: importances of {counted(done.entries, 'tensor')} over {done.tokens:,} tokens of {done.text}.")
 
 
 def finetuned(done: Finetuned) -> None:
@@ -135,7 +135,7 @@ def finetuned(done: Finetuned) -> None:
     table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
     table.add_row("loss", f"{done.loss:.4f}", "nats per token, mean of all steps")
     if done.held_out_before is not None and done.held_out_after is not None:
-        table.add_row("  held out, before", f"{done.held_out_before:.4f}", f"{done.held_out_examples:,} examples")
+        table.add_row("  held out, before", f"{done.held_out_before:.4f}", counted(done.held_out_examples, "example"))
         table.add_row("  held out, after", f"{done.held_out_after:.4f}", "lower is better")
     table.add_row("trained parameters", f"{done.trainable:,}", f"{size(done.nbytes)} in the file")
     table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
@@ -170,13 +170,13 @@ def pushed(done: Pushed) -> None:
     """What `fewbit push` prints."""
     _say_notes(done.notes)
     if done.url:
-        _say(f"{done.url}: {len(done.files)} files, {size(sum(done.files.values()))}.")
+        _say(f"{done.url}: {counted(len(done.files), 'file')}, {size(sum(done.files.values()))}.")
         return
     table = grid(done.repo, "file", "bytes", numbers=(1,))
     for name, nbytes in done.files.items():
         table.add_row(name, f"{nbytes:,}")
     out.print(table)
-    _say(f"{len(done.files)} files, {size(sum(done.files.values()))}. Nothing was uploaded.")
+    _say(f"{counted(len(done.files), 'file')}, {size(sum(done.files.values()))}. Nothing was uploaded.")
 
 
 def merged(done: Merged) -> None:
@@ -192,7 +192,7 @@ def merged(done: Merged) -> None:
 def generated(done: Continuation) -> None:
     """Print generation speed on stderr; the text itself is on stdout."""
     after = f", {done.rate:.1f} tokens/s after the first" if done.rate else ""
-    err.print(f"[dim]{done.tokens} tokens: the first after {duration(done.to_first)}{after}[/dim]")
+    err.print(f"[dim]{counted(done.tokens, 'token')}: the first after {duration(done.to_first)}{after}[/dim]")
 
 
 def allocation(done: Allocation) -> None:
@@ -275,9 +275,9 @@ def scores(found: Sequence[Score]) -> None:
     for each in found:
         name = f"{each.task}, {each.name}" + (f" ({each.filter})" if each.filter != "none" else "")
         reference = "" if each.reference is None else card.score(each.reference, each.reference_stderr)
+        tried = f"{counted(each.examples, 'example')}, {counted(each.shots, 'shot')}"
         what = {True: "higher is better", False: "lower is better", None: ""}[each.higher]
-        counted = f"{each.examples:,} examples, {each.shots} shots"
-        table.add_row(name, card.score(each.value, each.stderr), reference, "; ".join(filter(None, (counted, what))))
+        table.add_row(name, card.score(each.value, each.stderr), reference, "; ".join(filter(None, (tried, what))))
     out.print(table)
 
 
@@ -438,7 +438,7 @@ def cache(folder: str, entries: Sequence[Kept]) -> None:
 
 
 def _counted(entries: Sequence[Kept]) -> str:
-    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(e.nbytes for e in entries))}"
+    return f"{counted(len(entries), 'entry', 'entries')}, {size(sum(e.nbytes for e in entries))}"
 
 
 def cleared(deleted: Sequence[Kept], kept: Sequence[Kept]) -> None:

@@ -29,6 +29,7 @@ from fewbit.serving.text import Written
 from fewbit.serving.thoughts import CLOSE, OPEN, Thoughts, has_marks, opened
 from fewbit.system.files import unwritable
 from fewbit.texts import windows
+from fewbit.units import counted
 
 _TOGETHER = 32  # tokens of an answer that is sent whole, after which their text is looked at
 _PAUSE = 0.005  # seconds between the pieces of a stream at least; the first comes at once
@@ -107,8 +108,8 @@ class Service:
     def _check_room(self, tokens: int, new: int | None, param: str) -> None:
         context = self.engine.context
         if context - tokens < (1 if new is None else new):
-            more = f" With {new} new tokens it" if new else " It"
-            said = f"The prompt has {tokens} tokens.{more} exceeds the context of {context} tokens."
+            more = f" With {counted(new, 'new token')} it" if new else " It"
+            said = f"The prompt has {counted(tokens, 'token')}.{more} exceeds the context of {context} tokens."
             raise Failure(400, said, "context_length_exceeded", param)
 
     def _check_number(self, asked: Chat | Completion) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.texts.sources import Completion, Instruction, Message, Text, Tokenizer
+from fewbit.units import counted
 
 
 def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
@@ -49,7 +50,8 @@ def continued(ids: Tensor, new: int, context: int | None) -> Tensor:
     """Return prompt `ids` [1, n] unchanged. PlanError if they and `new` tokens exceed the context (None: no limit)."""
     if context is not None and ids.shape[1] + new > context:
         raise PlanError(
-            f"the prompt has {ids.shape[1]} tokens. With {new} new tokens it exceeds the model's context of {context}",
+            f"the prompt has {counted(ids.shape[1], 'token')}. "
+            f"With {counted(new, 'new token')} it exceeds the model's context of {context}",
             "Give a shorter prompt, or a smaller `max_new_tokens`.",
         )
     return ids
@@ -80,7 +82,7 @@ def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
     count = len(tokens) // _positive("length", length)
     if not count:
         raise PlanError(
-            f"the text has {len(tokens)} tokens, too few for one window of {length}",
+            f"the text has {counted(len(tokens), 'token')}, too few for one window of {length}",
             f"Give a longer text, or a `length` of at most {len(tokens)}.",
         )
     count = count if limit is None else min(count, _positive("limit", limit))

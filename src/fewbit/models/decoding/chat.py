@@ -18,6 +18,7 @@ from fewbit.models.decoding.generate import Continuation, continue_ids, in_templ
 from fewbit.models.decoding.loop import Stop
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
+from fewbit.units import counted
 
 
 class Conversation:
@@ -75,7 +76,8 @@ class Conversation:
         if room is not None and room < 1:
             if not self._turns:
                 raise PlanError(
-                    f"the prompt has {ids.shape[1]} tokens. With an answer it exceeds the context of {self.limit}",
+                    f"the prompt has {counted(ids.shape[1], 'token')}. "
+                    f"With an answer it exceeds the context of {self.limit}",
                     "Give a shorter prompt.",
                 )
             raise PlanError(

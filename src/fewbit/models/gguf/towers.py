@@ -27,6 +27,7 @@ from fewbit.models.gguf.pieces import decoded
 from fewbit.models.gguf.rows.towers import ROWS
 from fewbit.models.gguf.rows.unread_towers import NO_TEXT, UNREAD
 from fewbit.models.gguf.tower import Tower
+from fewbit.names import lacking
 
 PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
 _ALONE = "Without `mmproj`, the language model runs on text."
@@ -366,7 +367,7 @@ class Weights:
                 self._check(self.file.entries[each], own)
             self.parts[name] = part
         if missing:
-            raise FormatError(f"{self.file.path}: {len(missing)} tensors are missing; the first is {missing[0]}")
+            raise FormatError(f"{self.file.path}: {lacking(missing)}")
         used = {each for part in self.parts.values() for each in part.names}
         self.heard = {name for name in self.file.entries if name.startswith(_SOUND)} if tower.row.sound else set[str]()
         if others := sorted(self.file.entries.keys() - used - tower.row.extra - self.heard):

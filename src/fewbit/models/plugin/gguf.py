@@ -38,6 +38,7 @@ from fewbit.models.patching import replace
 from fewbit.models.plugin.modules import put, put_embedding, releasing, taken, unpack, without_place
 from fewbit.models.plugin.patch_gguf_config import gguf_path, named
 from fewbit.models.plugin.serving import requested_kernel, requested_tower
+from fewbit.names import lacking
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
@@ -376,8 +377,8 @@ def _matched(
     missing = [name for name in expected if name not in entries and tied.get(name) not in entries]
     missing = [name for name in missing if not _is_new(name, model, known)]
     if missing:
-        named = known[missing[0]].name if missing[0] in known else missing[0]
-        raise FormatError(f"{file.path}: {len(missing)} tensors are missing; the first is {named}")
+        stored = [known[name].name if name in known else name for name in missing]
+        raise FormatError(f"{file.path}: {lacking(stored)}")
     return entries
 
 
