@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import traceback
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +19,7 @@ from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import QTensor, parse
 from fewbit.schemes.nf4 import FourBit, levels
 from fewbit.schemes.stacked import concatenated
+from tests import interpreter
 from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, same_bytes
 
 CUDA = torch.device("cuda")
@@ -211,10 +214,8 @@ def test_experts_that_it_cannot_serve_are_a_sentence(spec: str, shape: tuple[int
     assert is_sentence(Nvidia().why_not_grouped(parse(spec), shape))
 
 
-@interpreted
-@pytest.mark.parametrize("spec", TOLD)
-def test_the_kernels_products_and_values(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def check(spec: str) -> None:
+    """The Triton kernels' products and values of a scheme in Triton's interpreter, beside those of the definition."""
     from fewbit.kernels.nvidia import ops
 
     scheme = parse(spec)
@@ -233,3 +234,30 @@ def test_the_kernels_products_and_values(spec: str, monkeypatch: pytest.MonkeyPa
                 exact = x.float() @ w.T
                 got = ops.linear(x, prepared, how, n, config).float()
                 assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m, config)
+
+
+def checked() -> dict[str, str]:
+    """Scheme -> the traceback of its `check`; empty if that passed."""
+    found = dict.fromkeys(TOLD, "")
+    for spec in TOLD:
+        try:
+            check(spec)
+        except Exception:
+            found[spec] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    """What `checked` returns in Triton's interpreter."""
+    return interpreter.run("tests.unit.test_nvidia")  # type: ignore[no-any-return]
+
+
+@interpreted
+@pytest.mark.parametrize("spec", TOLD)
+def test_the_kernels_products_and_values(spec: str, found: dict[str, str]) -> None:
+    assert not found[spec], found[spec]
+
+
+if __name__ == "__main__":
+    print(json.dumps(checked()))

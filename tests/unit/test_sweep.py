@@ -7,11 +7,8 @@ definition differ. In the interpreter (TRITON_INTERPRET=1, set before Triton is 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +25,7 @@ from fewbit.methods.sweep.groups import GroupSweep, Rounded
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Grids, Plain, Uneven, Uniform, parse
+from tests import interpreter
 from tests.contract.cases import SPECS, inputs, ordinary, same_bytes, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.
@@ -67,13 +65,7 @@ def shares(device: str, spec: str, k: int, n: int = ROWS) -> list[float]:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_fused_panel_is_the_definition_in_the_interpreter() -> None:
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "src"), *sys.path])
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.unit.test_sweep"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = interpreter.run("tests.unit.test_sweep")
     assert found.keys() == SWEPT.keys()
     assert all(share <= DIFFERENT for both in found.values() for share in both), found
 
