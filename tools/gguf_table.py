@@ -28,7 +28,7 @@ For each of them, tests compare a tiny model with llama.cpp, as in llama-cpp-pyt
 `quantize` refuses types that are not in the table, and models with a vision tower, before any work. For these, use a
 plan that makes a folder.
 
-- **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
+- **only if**: what llama.cpp assumes. fewbit refuses models with other values before any work.
 - `falcon_h1` multiplies activations by numbers of its config. Like llama.cpp's converter, `quantize` multiplies them
   into the weights, before it measures or quantizes anything. `convert` cannot, and adapters of such models are refused.
 - `hrm_text` runs its blocks several times, so it cannot be calibrated. Give `--method rtn`, or an importance matrix
@@ -47,10 +47,10 @@ norm. Processors make the original's ids, pixels and masks of two images of diff
 Mistral 3, Llama 4, LFM2-VL, Kimi K2.5 and Gemma 4 12B (`gemma4uv`) need torchvision. Older files, in which the up and
 the down projection of MLPs are exchanged, are read, too, and those of Llama 4 that have another name for a norm.
 
-A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter: the logits are those of
-SmolVLM, and the processor of Idefics 3 gives what SmolVLM's own does.
-A file does not say either whether Gemma 4 sees an image at once or in causal order. As in llama.cpp, language models of
-width 1536 and 2560 (E2B and E4B) do the latter.
+A file does not say whether it is from SmolVLM or Idefics 3. fewbit reads both as Idefics 3: for files of SmolVLM, the
+logits and the output of the processor are the same as with SmolVLM's own classes.
+A file of Gemma 4 does not say whether attention within an image is bidirectional or causal. As in llama.cpp, it is
+causal in language models of width 1536 and 2560 (E2B and E4B).
 The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
 vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
 MiniCPM-V 4.6 is read where 16 patches make one vector (`16x`), as published. Files of `4x` are refused.
@@ -58,8 +58,7 @@ Towers for sound are refused. Where Gemma 4 has one beside that for images, it i
 
 Tests also compare the vectors of an image with those of mtmd, llama.cpp's own library, in llama-cpp-python 0.3.36. They
 are the same, within 1e-3, for Gemma 3, LightOnOCR, GLM-4.1V, GLM-4.5V, GLM-OCR, Kimi K2.5, MiniCPM-V 4.6 and Granite 4
-Vision. For three others mtmd computes something else than transformers, and fewbit reads the files as transformers has
-the model:
+Vision. For three others mtmd computes something else than transformers, and fewbit follows transformers:
 
 - InternVL, LLaVA: mtmd puts the class token after the patches. The positions in the file have it first.
 - LLaVA: mtmd also leaves out the last block of the file.
@@ -138,7 +137,7 @@ def page() -> str:
     lines += [f"| `{kind}` | {row.name} | {'; '.join(conditions(row))} |" for kind, row in rows]
     lines += [
         "",
-        "## Types that llama.cpp computes otherwise",
+        "## Types that llama.cpp computes differently",
         "",
         "fewbit writes no files of these types. A file that another program made is loaded by transformers.",
         "",
