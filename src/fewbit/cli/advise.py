@@ -77,7 +77,7 @@ def recommend(
     ] = None,
     fit: Annotated[
         str | None,
-        typer.Option(help="In place of --memory: choose widths so that weights, KV cache and activations fill this."),
+        typer.Option(help="In place of --memory: memory that weights of chosen widths, KV cache and activations fill."),
     ] = None,
     measure: Annotated[
         bool,

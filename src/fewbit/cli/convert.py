@@ -35,7 +35,7 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="dense, a format (fewbit list), or a variant: gptq-v1, gptq-v2. For a LoRA: gguf, or peft for a file."
+            help="dense, a format (fewbit list), gptq-v1 or gptq-v2. For a LoRA: gguf; for one in a .gguf file: peft."
         ),
     ],
     output: Output = None,
@@ -58,7 +58,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Another value for a key, in a copy of a GGUF file; @FILE: a file's content. Repeat it for more.",
+            help="Set a key in a copy of a GGUF file; KEY=@FILE: to the content of FILE. Repeat it for more.",
         ),
     ] = None,
     base: Annotated[
@@ -70,7 +70,7 @@ def convert(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Convert MODEL to another format, without changing codes or scales, or a LoRA to GGUF or back.
+    """Convert MODEL to another format without changing codes or scales, or a LoRA adapter to or from GGUF.
 
     A model that is not quantized can become a GGUF file in 16 bits.
     """

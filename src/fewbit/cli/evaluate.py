@@ -31,7 +31,7 @@ def evaluate(
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     record: Annotated[
         bool,
-        typer.Option("--record", help="Write the result into the record and card of MODEL too. Default: print it."),
+        typer.Option("--record", help="Also write the result into fewbit.json and the model card of MODEL."),
     ] = False,
     as_json: Json = False,
 ) -> None:

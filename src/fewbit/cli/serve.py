@@ -22,7 +22,7 @@ def serve(
 ) -> None:
     """Serve MODEL with OpenAI's interface, and a chat page. Needs the extra: pip install 'fewbit[serve]'.
 
-    With --engine, start the installed engine of others on it instead.
+    With --engine, start vLLM or llama.cpp on MODEL instead; it must be installed.
     """
     if serving.engine == "fewbit":
         bound(serving.host, serving.port).close()  # if the port is taken, say so before the imports

@@ -26,7 +26,7 @@ def tune(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Train scales, norms and biases of the quantized MODEL to predict as its original."""
+    """Train scales, norms and biases of the quantized MODEL to match the predictions of its original."""
     from fewbit.api import requested
 
     requested.check_tuned(model, output)
