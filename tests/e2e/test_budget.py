@@ -199,8 +199,9 @@ def test_group_sizes_that_one_file_cannot_mix_are_no_widths(tmp_path: Path, monk
 def test_one_limit_is_given() -> None:
     with pytest.raises(PlanError, match="`bits` and `size` are given"):
         Budget(bits=4, size="1GB")
-    with pytest.raises(PlanError, match="`context` is given without `fit`"):
+    with pytest.raises(PlanError, match="`context` is given without `fit`") as refused:
         Budget(bits=4, context=100)
+    assert refused.value.hint == "Omit `context`, or add `fit`: only `fit` counts a KV cache."
     with pytest.raises(PlanError, match="size='huge'"):
         Budget(size="huge")
     for bits in (0, 16.1):

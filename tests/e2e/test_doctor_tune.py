@@ -53,7 +53,7 @@ def test_without_a_gpu_it_is_an_error(fewbit: Fewbit, monkeypatch: pytest.Monkey
     assert answer.err == "error: --tune needs an NVIDIA GPU\n  Leave out --tune.\n"
     answer = fewbit("doctor", "tiny", "--tune")
     assert answer.code == 2
-    assert "--tune with MODEL" in answer.err
+    assert "--tune measures GPUs, and takes no MODEL" in answer.err
     # Where only PyTorch can tell.
     monkeypatch.setattr(inspect, "without_gpu", lambda: False)
     monkeypatch.setattr(Nvidia, "unavailable", lambda self: "PyTorch finds no NVIDIA GPU with a working driver")

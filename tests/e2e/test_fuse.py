@@ -287,7 +287,7 @@ def test_a_model_that_puts_positions_before_the_text(fewbit: Fewbit, tmp_path: P
 
 def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) -> None:
     for arguments, message in (
-        (("--no-fuse", "--max-length", 20), "--max-length with --no-fuse"),
+        (("--no-fuse", "--max-length", 20), "--max-length has no effect with --no-fuse"),
         (("--max-length", 0), "--max-length 0"),
         (("--compile", "--no-fuse", "--device", "cpu"), "--compile without --fuse"),
         (("--compile", "--device", "cpu"), "--compile needs an NVIDIA GPU"),

@@ -122,7 +122,7 @@ def fitted(outline: Outline, plans: Sequence[Plan], limit: int, use: memory.Use,
         except PlanError as error:
             errors.append(error)
     if not options:
-        raise errors[-1] if errors else PlanError("no plan that is asked for has several widths", "Omit `fit`.")
+        raise errors[-1] if errors else PlanError("none of the requested plans has several widths", "Omit `fit`.")
     # Of weights that no plan tells from one another, one is enough.
     every = {module for option in options for module in option.own}
     modules = list({tuple(option.of(module) for option in options): module for module in sorted(every)}.values())

@@ -104,9 +104,12 @@ def check_recommendation(**given: Any) -> None:
             f"`{'measure' if measure else 'calibration'}` is given without `fit`", "Add `fit`, such as 8GB."
         )
     if not measure and calibration is not None:
-        raise PlanError("`calibration` is given without `measure`", "Only `measure` reads a text.")
+        raise PlanError(
+            "`calibration` is given without `measure`",
+            "Omit `calibration`, or add `measure`: only `measure` reads a text.",
+        )
     if fit is not None and batch != 1:
-        raise PlanError(f"`batch={batch}` is given with `fit`", "`quantize` counts the KV cache of one text.")
+        raise PlanError(f"`batch={batch}` is given with `fit`", "Omit `batch`: `fit` counts the KV cache of one text.")
 
 
 def is_adapter(place: str | Path) -> bool:
@@ -149,7 +152,10 @@ def _refuse_unused(model: str | Path, to: str, **options: Any) -> None:
     elif "base" in given:
         raise PlanError(f"`base` without an adapter: {model} is not the folder of one", "Leave out `base`.")
     elif "requantize" not in given and (unused := [name for name in given if name in _ANEW]):
-        raise PlanError(f"`{unused[0]}` has no effect without `requantize=True`", "A conversion computes nothing anew.")
+        raise PlanError(
+            f"`{unused[0]}` has no effect without `requantize=True`",
+            f"Leave out `{unused[0]}`, or add `requantize=True`.",
+        )
 
 
 def check_conversion(model: str | Path, to: str, *, preview: bool = False, **options: Any) -> None:

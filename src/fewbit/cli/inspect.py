@@ -53,7 +53,7 @@ def doctor(
 ) -> None:
     """Show what this machine has, which kernels work on it, and what would make it faster."""
     if tune and model is not None:
-        raise PlanError("`tune` with MODEL", "It measures GPUs, and no model: leave out one of them.")
+        raise PlanError("`tune` measures GPUs, and takes no MODEL", "Leave out one of them.")
     if tune and without_gpu():
         raise PlanError("`tune` needs an NVIDIA GPU", "Leave out `tune`.")
     from fewbit.advise import doctor as hardware

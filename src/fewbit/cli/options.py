@@ -24,7 +24,8 @@ def fused(fuse: bool | None, max_length: int | None) -> int | bool | None:
     """`Loading.fuse` for --fuse/--no-fuse and --max-length. PlanError for both --no-fuse and a length."""
     if max_length is not None and fuse is False:
         raise PlanError(
-            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
+            "--max-length has no effect with --no-fuse",
+            "Leave out one of them: it is the size of a fused model's cache.",
         )
     return fuse if max_length is None else max_length
 

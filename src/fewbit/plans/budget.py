@@ -46,7 +46,8 @@ class Budget(Settings):
         if given[1:]:
             raise PlanError(f"{' and '.join(given)} are given", "Give one of them.")
         if self.context is not None and self.fit is None:
-            raise PlanError("`context` is given without `fit`", "Only `fit` counts a KV cache.")
+            hint = "Omit `context`, or add `fit`: only `fit` counts a KV cache."
+            raise PlanError("`context` is given without `fit`", hint)
 
     @property
     def given(self) -> bool:
