@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +57,19 @@ def fewbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["fewbit", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets another
         monkeypatch.setenv("COLUMNS", "200")
+        handlers = {each: signal.getsignal(each) for each in signal.valid_signals()}
         capsys.readouterr()
         try:
             app.main()
             code: Any = 0
         except SystemExit as end:
             code = end.code
+        finally:  # those of `main` would turn a signal into the failure of a later test
+            for each, handler in handlers.items():
+                if signal.getsignal(each) != handler:
+                    signal.signal(each, handler)
         printed = capsys.readouterr()
         return Answer(code or 0, printed.out, printed.err)
 

@@ -48,7 +48,7 @@ _TOGETHER = (*ranks.SHARED, "generate")  # commands that torchrun processes do t
 _SIGNALS = ("SIGTERM", "SIGHUP")  # Windows lacks the second
 _INTERRUPTED = (129, 130, 143)  # exit codes after SIGHUP, Ctrl-C (typer returns it) and SIGTERM
 _SHARED = (*_TOGETHER, "run")  # commands that can share work among torchrun processes
-_PATIENCE = 30.0  # seconds that rank 0 may need to print, after another process has failed
+_PATIENCE = 10.0  # seconds that rank 0 may need to print, after another process has failed
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
@@ -171,7 +171,7 @@ def _fail(arguments: list[str], message: str, hint: str, code: int, *, reported:
         with suppress(BrokenPipeError):
             printed({"error": {"message": message, "hint": hint, "exit_code": code}})
             sys.stdout.flush()
-    if ranks.silent():
+    if ranks.silent() and ranks.watched():
         with suppress(KeyboardInterrupt):
             time.sleep(_PATIENCE)
     sys.exit(code)

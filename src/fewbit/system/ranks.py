@@ -64,6 +64,11 @@ def silent() -> bool:
     return launched() > 1 and os.environ["RANK"] != "0"
 
 
+def watched() -> bool:
+    """Whether an agent of `torchrun` watches this process. It ends all processes as soon as it sees that one failed."""
+    return "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+
+
 def rank() -> int:
     """The rank of this process, from 0."""
     return _world.rank if _world else 0
