@@ -43,7 +43,7 @@ class Serving(Settings):
         None, _filled, "Name of the model for clients. Default: the last part of MODEL."
     )
     max_model_len: int | None = setting(
-        None, integer(2), "Maximum tokens of prompt and answer. Default and limit: the model's context."
+        None, integer(2), "Maximum tokens of prompt and answer. Default: the model's context, which is also the limit."
     )
     max_num_seqs: int = setting(64, integer(1, 1024), "Maximum number of requests that are computed at once.")
     max_queue: int = setting(256, integer(0), "Maximum number of requests that wait. More get the status 429.")
