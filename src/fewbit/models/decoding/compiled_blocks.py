@@ -34,8 +34,10 @@ from fewbit.models.decoding.steps import Steps
 from fewbit.models.decoding.unquantized import Product, products
 from fewbit.system import native
 
-# Relative distance of what a block adds to its input.
-_SAME = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Relative distance of what a block adds to its input. In 16 bits, the library and the block's own code round some
+# activations to different integers: for SmolLM2 this makes a median of 0.7 % in float16 and 1.1 % in bfloat16, at most
+# 1.1 and 4.3 %.
+_SAME = {torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 5e-2}
 _CLOSE = 4  # up to so many times this distance, an activation may have been rounded otherwise
 _TRIES = 3  # tokens that are tried then
 _PROMPT = 12  # tokens before the one that is compared
