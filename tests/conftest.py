@@ -23,6 +23,12 @@ with contextlib.suppress(ModuleNotFoundError):  # the environment with nothing b
     hypothesis.settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the fixtures of each test: what it draws without a generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kept_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder that outlives the session. It is there for the demo model, which takes seconds to make."""
