@@ -326,7 +326,7 @@ def test_evaluate_takes_16_windows_or_all(quantized: Path, text: Path, fewbit: F
 def test_generate_stays_within_the_context(model: Path, fewbit: Fewbit) -> None:
     answer = fewbit("generate", model, "The cat", "--max-new-tokens", 4096)
     assert answer.code == 2
-    assert "With 4096 new tokens it exceeds the model's context of" in answer.err
+    assert "With 4,096 new tokens it exceeds the model's context of" in answer.err
     assert "a smaller --max-new-tokens" in answer.err
 
 

@@ -109,7 +109,7 @@ class Service:
         context = self.engine.context
         if context - tokens < (1 if new is None else new):
             more = f" With {counted(new, 'new token')} it" if new else " It"
-            said = f"The prompt has {counted(tokens, 'token')}.{more} exceeds the context of {context} tokens."
+            said = f"The prompt has {counted(tokens, 'token')}.{more} exceeds the context of {context:,} tokens."
             raise Failure(400, said, "context_length_exceeded", param)
 
     def _check_number(self, asked: Chat | Completion) -> None:
@@ -175,7 +175,7 @@ class Service:
             return
         begin = self.tokenizer(text[: 8 * context], add_special_tokens=False)["input_ids"]
         if len(begin) > context * 1.1 + 16:  # the cut may change a few tokens
-            said = f"The prompt exceeds the context of {context} tokens."
+            said = f"The prompt exceeds the context of {context:,} tokens."
             raise Failure(400, said, "context_length_exceeded", param)
 
     def _within(self, ids: Tensor, where: str) -> list[int]:

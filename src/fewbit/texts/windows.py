@@ -51,7 +51,7 @@ def continued(ids: Tensor, new: int, context: int | None) -> Tensor:
     if context is not None and ids.shape[1] + new > context:
         raise PlanError(
             f"the prompt has {counted(ids.shape[1], 'token')}. "
-            f"With {counted(new, 'new token')} it exceeds the model's context of {context}",
+            f"With {counted(new, 'new token')} it exceeds the model's context of {context:,}",
             "Give a shorter prompt, or a smaller `max_new_tokens`.",
         )
     return ids
@@ -82,7 +82,7 @@ def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
     count = len(tokens) // _positive("length", length)
     if not count:
         raise PlanError(
-            f"the text has {counted(len(tokens), 'token')}, too few for one window of {length}",
+            f"the text has {counted(len(tokens), 'token')}, too few for one window of {length:,}",
             f"Give a longer text, or a `length` of at most {len(tokens)}.",
         )
     count = count if limit is None else min(count, _positive("limit", limit))

@@ -77,11 +77,12 @@ class Conversation:
             if not self._turns:
                 raise PlanError(
                     f"the prompt has {counted(ids.shape[1], 'token')}. "
-                    f"With an answer it exceeds the context of {self.limit}",
+                    f"With an answer it exceeds the context of {self.limit:,}",
                     "Give a shorter prompt.",
                 )
             raise PlanError(
-                f"the conversation has {ids.shape[1]} tokens, and there is room for {self.limit}", "Begin a new one."
+                f"the conversation has {ids.shape[1]:,} tokens, and there is room for {self.limit:,}",
+                "Begin a new one.",
             )
         new = max_new_tokens if room is None else min(max_new_tokens, room)
         cache, kept = self._resumed(ids[0].tolist())
